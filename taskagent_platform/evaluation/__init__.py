@@ -1,0 +1,1 @@
+"""Evaluation: suites, client, scoring, statistics and the report that gates a deployment."""

@@ -1,0 +1,1 @@
+"""Serving: the vLLM server, deployments and the gateway in front of them."""

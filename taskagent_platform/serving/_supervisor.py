@@ -1,0 +1,81 @@
+"""Runs one model server as its child, and ends it when the process that it was started for is gone.
+
+Run as ``python -m taskagent_platform.serving._supervisor RECORD -- COMMAND ...``. It leads a session of its own, so
+that its process group is the model server with all its workers. Until the record says ``detached``, the server
+belongs to the process named as ``owner_pid`` there: when that one ends, even by SIGKILL, the whole group is ended.
+
+Starts for every server and stays beside it, so it imports no more than the standard library and psutil.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+_POLL_S = 1.0
+_PATIENCE_S = 15.0
+_CREATE_TIME_TOLERANCE_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+def main(record_file: Path, command: list[str]) -> int:
+    """Runs the command and returns its exit status, or 143 when it was ended with its owner."""
+    child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+
+    def forward(signum: int, _frame: FrameType | None) -> None:
+        child.send_signal(signum)
+
+    signal.signal(signal.SIGTERM, forward)
+    signal.signal(signal.SIGINT, forward)
+    while child.poll() is None:
+        try:
+            child.wait(_POLL_S)
+        except subprocess.TimeoutExpired:
+            if not _is_wanted(record_file):
+                print("The process that this model server was started for is gone: ending it.", flush=True)
+                _end(child)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _is_wanted(record_file: Path) -> bool:
+    try:
+        record = json.loads(record_file.read_text())
+    except FileNotFoundError:
+        return False
+    if record["detached"]:
+        return True
+    try:
+        owner = psutil.Process(record["owner_pid"])
+        same = abs(owner.create_time() - record["owner_create_time"]) <= _CREATE_TIME_TOLERANCE_S
+        return same and owner.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    separator = sys.argv.index("--")
+    # The record is written by the parent right after this process starts.
+    deadline = time.monotonic() + _PATIENCE_S
+    path = Path(sys.argv[1])
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    sys.exit(main(path, sys.argv[separator + 1 :]))
