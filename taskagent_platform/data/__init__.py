@@ -1,0 +1,1 @@
+"""Training data: generate, verify, de-duplicate, balance, split."""

@@ -1,0 +1,167 @@
+"""What a domain is: tools, prompt, simulated backend, examples and suites.
+
+A domain is all that the platform needs to know of a set of tools. Packages offer theirs through the entry-point
+group ``taskagent.domains``; :mod:`taskagent_platform.domains.registry` finds them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+Message = dict[str, Any]
+"""One message in OpenAI's chat format."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool: its name, what it does, its arguments, and whether it destroys something."""
+
+    name: str
+    description: str
+    arguments: type[BaseModel]
+    destructive: bool = False
+
+    def parameters(self) -> dict[str, Any]:
+        """Returns the JSON schema of the arguments, as sent to the server: no titles, no nulls, no extras."""
+        schema = self.arguments.model_json_schema()
+        properties = {}
+        for name, field in schema.get("properties", {}).items():
+            # An argument is either given or left out; `null` is never a value, so the union with it goes.
+            options = [option for option in field.pop("anyOf", []) if option.get("type") != "null"]
+            if len(options) == 1:
+                field = {**options[0], **field}
+            elif options:
+                field["anyOf"] = options
+            field.pop("title", None)
+            field.pop("default", None)
+            properties[name] = field
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": schema.get("required", []),
+            "additionalProperties": False,
+        }
+
+    def as_openai(self) -> dict[str, Any]:
+        """Returns the tool in OpenAI's format, strict, so that the server constrains its arguments."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": self.parameters(),
+                "strict": True,
+            },
+        }
+
+
+class ToolError(Exception):
+    """A tool call that the backend refuses.
+
+    Attributes:
+        status: the HTTP status that the real service answers with (400, 404, 409).
+        code: a machine-readable word, for example ``not_found``.
+        details: what helps the caller, for example the candidates of an ambiguous title.
+    """
+
+    def __init__(self, status: int, code: str, message: str, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.details = dict(details or {})
+
+    def as_result(self) -> dict[str, Any]:
+        """Returns the JSON object that the model gets as the tool's result."""
+        return {"error": self.code, "message": str(self), **self.details}
+
+
+class Backend(ABC):
+    """A simulated service that really executes every tool, in memory."""
+
+    @abstractmethod
+    def reset(self, fixture: str = "default") -> None:
+        """Puts the state back to a named fixture. Raises KeyError for an unknown name."""
+
+    @abstractmethod
+    def load(self, state: dict[str, Any]) -> None:
+        """Takes over a state as :meth:`snapshot` returns it."""
+
+    @abstractmethod
+    def execute(self, tool: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Executes one call and returns its JSON-able result.
+
+        Raises:
+            ToolError: the service refuses the call; the state is unchanged.
+        """
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the whole state as JSON-able data, comparable with ``==``."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: a conversation in OpenAI's format and where it came from.
+
+    ``meta`` holds ``source``, ``pattern``, ``seed``, ``now`` (ISO, minutes) and ``state`` (the backend's snapshot
+    before the first call).
+    """
+
+    messages: list[Message]
+    meta: dict[str, Any]
+
+
+class Domain(ABC):
+    """A set of tools and everything that is needed to teach and judge a model for it."""
+
+    name: str
+    tools: tuple[Tool, ...]
+    agent_name: str
+    agent_requests: tuple[tuple[str, str], ...]
+    """Requests with the tool that each must call: the smoke test of the finished agent."""
+    sources: tuple[str, ...]
+    """The names of the source datasets, in order: an asset for each."""
+    suites: tuple[Path, ...]
+    """The suite files that gate a deployment."""
+    development_suites: tuple[Path, ...] = ()
+    """Suite files to look at while working on the data; they never gate, and share no case with the suites."""
+
+    @abstractmethod
+    def system_prompt(self, now: datetime) -> str:
+        """Returns the system message: instructions first, the date block last."""
+
+    @abstractmethod
+    def backend(self, now: datetime, fixture: str = "default") -> Backend:
+        """Returns a fresh simulated backend whose clock stands at ``now``."""
+
+    @abstractmethod
+    def generate(self, source: str, count: int, seed: int, moments: Sequence[datetime]) -> Iterator[Example]:
+        """Yields ``count`` different examples of a source, the same ones for the same seed and moments.
+
+        Args:
+            source: one of :attr:`sources`.
+            count: how many.
+            seed: decides every choice.
+            moments: the i-th example takes place at ``moments[i % len(moments)]``, so that examples of different
+                sources share a date block.
+        """
+
+    def tool(self, name: str) -> Tool:
+        """Returns a tool by name. Raises KeyError."""
+        return self._by_name()[name]
+
+    def _by_name(self) -> Mapping[str, Tool]:
+        return {tool.name: tool for tool in self.tools}
+
+    def openai_tools(self) -> list[dict[str, Any]]:
+        """Returns every tool in OpenAI's format, in order."""
+        return [tool.as_openai() for tool in self.tools]
+
+    def system_messages(self, now: datetime) -> Sequence[Message]:
+        """Returns the messages that every conversation starts with."""
+        return [{"role": "system", "content": self.system_prompt(now)}]

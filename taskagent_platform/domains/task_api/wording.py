@@ -1,0 +1,345 @@
+"""What fills the slots of a request: values and the many ways people write them."""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from functools import cache
+from pathlib import Path
+
+from taskagent_platform.domains.phrasing import Slot, read_values
+from taskagent_platform.domains.task_api.date_words import (
+    DAYS_AHEAD,
+    MONTHS,
+    WEEKDAYS,
+    day_words,
+    minute,
+    month_years,
+    soon_words,
+    span_words,
+)
+
+VALUES = Path(__file__).parent / "phrasings" / "values"
+_ADJECTIVES = {
+    "high": ("high-priority", "high priority", "urgent", "top priority", "top-priority", "critical", "important"),
+    "medium": ("medium-priority", "medium priority", "normal priority", "normal-priority"),
+    "low": ("low-priority", "low priority", "minor", "lowest priority"),
+}
+_SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday": "Thu", "Friday": "Fri"}
+_SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
+_NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 10: "ten"}
+_PARTS_OF_DAY = {"morning": "09:00", "afternoon": "14:00", "evening": "18:00"}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A filled slot: what the user writes, what it means, and (for spans and references) its parts."""
+
+    text: str
+    value: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def _values(name: str) -> tuple[str, ...]:
+    return tuple(read_values(VALUES / f"{name}.txt"))
+
+
+def _ordinal(day: int) -> str:
+    suffix = "th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
+    return f"{day}{suffix}"
+
+
+class Wording:
+    """Draws fillings for the slots of one request.
+
+    Args:
+        rng: the source of all choices.
+        now: when the request is made.
+    """
+
+    def __init__(self, rng: random.Random, now: datetime) -> None:
+        self.rng = rng
+        self.now = now
+        self._days = day_words(now)
+        self._spans = span_words(now)
+        self._used: set[str] = set()
+        self._last_date: date | None = None
+
+    def fill(self, slot: Slot) -> Filled:
+        """Draws a filling for a slot. Raises KeyError for a kind that nobody defined."""
+        makers: dict[str, Callable[[], Filled]] = {
+            "title": lambda: self._fresh("titles"),
+            "noun": lambda: self._fresh("nouns"),
+            "Name": self._label,
+            "name": lambda: self._fresh("names"),
+            "tag": lambda: self._fresh("tags"),
+            "desc": lambda: self._fresh("descriptions"),
+            "id": self._task_id,
+            "task": self._task,
+            "proj": self._project,
+            "date": lambda: self._date(slot.draw),
+            "when": self._when,
+            "day": self._day,
+            "onday": self._on_day,
+            "range": self._range,
+            "at": self._moment,
+            "time": self._time,
+            "priority": self._priority,
+            "prio": self._adjective,
+        }
+        return makers[slot.kind]()
+
+    def _fresh(self, name: str) -> Filled:
+        """Draws a value that this request does not hold yet."""
+        value = self.rng.choice([v for v in self.rng.sample(_values(name), 8) if v not in self._used])
+        self._used.add(value)
+        return Filled(value, value)
+
+    def _label(self) -> Filled:
+        if self.rng.random() < 0.75:
+            return self._fresh("labels")
+        title = self._fresh("titles").value
+        title = title[0].upper() + title[1:] if self.rng.random() < 0.6 else title.title().replace("'S", "'s")
+        return Filled(title, title)
+
+    def _number(self) -> int:
+        return self.rng.choice((self.rng.randint(1, 99), self.rng.randint(100, 999), self.rng.randint(1000, 9999)))
+
+    def _task_id(self) -> Filled:
+        number = self._number()
+        kind = self.rng.random()
+        if kind < 0.4:
+            value = f"task_{number:03d}"
+            return Filled(value, value)
+        if kind < 0.92:
+            wording = self.rng.choice(("task {}", "task {}", "#{}", "task #{}", "task number {}", "task no. {}"))
+            return Filled(wording.format(number), str(number))
+        value = self.rng.choice(("T-{}", "TASK-{}", "t{}", "OPS-{}")).format(number)
+        return Filled(value, value)
+
+    def _task(self) -> Filled:
+        kind = self.rng.random()
+        if kind < 0.4:
+            return self._task_id()
+        if kind < 0.75:
+            noun = self._fresh("nouns").value
+            wordings = ("the {}", "the {}", "my {}", "the {} task", "my {} task", "that {} one", "the {} item")
+            return Filled(self.rng.choice(wordings).format(noun), noun)
+        value = self._label().value if self.rng.random() < 0.6 else self._fresh("titles").value
+        return Filled(f'"{value}"', value)
+
+    def _project(self) -> Filled:
+        kind = self.rng.random()
+        if kind < 0.45:
+            value = f"proj_{self.rng.randint(1, 250):03d}"
+            return Filled(value, value)
+        if kind < 0.6:
+            number = str(self.rng.randint(1, 250))
+            return Filled(f"project {number}", number)
+        name = self._fresh("names").value
+        return Filled(name, name)
+
+    def _calendar_date(self) -> tuple[str, date]:
+        """Draws a date written with its month or as numbers, the next such day from now on."""
+        day = self.now.date() + timedelta(days=self.rng.randint(1, 330))
+        # The years of the prompt's month table decide; a day of this month that is over would be disputed.
+        if month_years(self.now)[MONTHS[day.month - 1]] != day.year:
+            day = self.now.date() + timedelta(days=self.rng.randint(1, 60))
+            if month_years(self.now)[MONTHS[day.month - 1]] != day.year:
+                day = self.now.date() + timedelta(days=1)
+        month = MONTHS[day.month - 1]
+        nth = _ordinal(day.day)
+        wordings = (
+            f"{month} {nth}", f"{month} {nth}", f"{month} {day.day}", f"{month} {day.day}", f"{day.day} {month}",
+            f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
+            f"{month} the {nth}", f"{day.month}/{day.day}",
+        )  # fmt: skip
+        return self.rng.choice(wordings), day
+
+    def _named_day(self) -> tuple[str, date]:
+        """Draws a day that a single word names: today, tomorrow, a weekday, next Monday."""
+        kind = self.rng.random()
+        if kind < 0.14:
+            return "today", self._days["today"]
+        if kind < 0.36:
+            return self._tomorrow(), self._days["tomorrow"]
+        if kind < 0.42:
+            return "the day after tomorrow", self._days["day after tomorrow"]
+        weekday = self.rng.choice(WEEKDAYS)
+        if kind < 0.62:
+            return f"next {weekday}", self._days[f"next {weekday}"]
+        written = weekday
+        if self.rng.random() < 0.12:
+            written = _SHORT_DAYS.get(weekday, weekday[:3])
+        elif self.rng.random() < 0.12:
+            written = f"this {weekday}"
+        elif self.rng.random() < 0.06:
+            written = f"this coming {weekday}"
+        return written, self._days[weekday]
+
+    def _tomorrow(self) -> str:
+        return self.rng.choice(_SHORT_TOMORROW) if self.rng.random() < 0.1 else "tomorrow"
+
+    def _date(self, draw: str) -> Filled:
+        """Draws a day as a noun; a second draw in one request lies after the first."""
+        for _ in range(50):
+            text, day = self._any_date()
+            if not draw or self._last_date is None or day > self._last_date:
+                break
+        else:
+            day = (self._last_date or self.now.date()) + timedelta(days=self.rng.randint(1, 9))
+            text = str(day)
+        self._last_date = day
+        return Filled(text, str(day))
+
+    def _any_date(self) -> tuple[str, date]:
+        kind = self.rng.random()
+        if kind < 0.52:
+            return self._named_day()
+        if kind < 0.74:
+            return self._calendar_date()
+        if kind < 0.84:
+            day = self.now.date() + timedelta(days=self.rng.randint(0, 400))
+            return str(day), day
+        if kind < 0.88:
+            day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
+            return f"the {_ordinal(day.day)}", day
+        if kind < 0.93:
+            words = ("end of the week", "the end of the week", "end of week", "the end of this week")
+            return self.rng.choice(words), self._days["end of the week"]
+        if kind < 0.97:
+            words = ("end of the month", "the end of the month", "month end", "the end of this month")
+            return self.rng.choice(words), self._days["end of the month"]
+        span = self.rng.choice(("next week", "next month"))
+        return span, self._spans[span].start
+
+    def _ahead(self) -> tuple[str, date]:
+        """Draws "in 3 days" and its like."""
+        kind = self.rng.random()
+        if kind < 0.55:
+            days = self.rng.choice(DAYS_AHEAD)
+            number = str(days) if self.rng.random() < 0.65 else _NUMBER_WORDS[days]
+            text = f"in {number} days" if self.rng.random() < 0.75 else f"{number} days from now"
+            return text, self._days[f"in {days} days"]
+        if kind < 0.8:
+            texts = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
+            return self.rng.choice(texts), self._days["in a week"]
+        texts = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
+        return self.rng.choice(texts), self._days["in two weeks"]
+
+    def _when(self) -> Filled:
+        if self.rng.random() < 0.3:
+            text, day = self._ahead()
+            return Filled(text, str(day))
+        noun = self._date("")
+        before = self.rng.choice(("by", "by", "due", "for", "before", "no later than", "due by", "due on"))
+        if before == "due on" and not noun.text[:1].isupper():
+            before = "due"
+        return Filled(f"{before} {noun.text}", noun.value)
+
+    def _day(self) -> Filled:
+        text, day = self._named_day() if self.rng.random() < 0.75 else self._calendar_date()
+        return Filled(text, str(day))
+
+    def _on_day(self) -> Filled:
+        kind = self.rng.random()
+        if kind < 0.12:
+            text, day = self._ahead()
+        elif kind < 0.75:
+            text, day = self._named_day()
+            if text[:1].isupper():
+                text = f"on {text}"
+        else:
+            text, day = self._calendar_date()
+            text = f"on {text}"
+        return Filled(text, str(day))
+
+    def _range(self) -> Filled:
+        word = self.rng.choice(("this week", "this week", "next week", "next week", "this weekend", "this month",
+                                "next month"))  # fmt: skip
+        span = self._spans[word]
+        parts = {"start": str(span.start), "end": str(span.end)}
+        return Filled(self.rng.choice(("the weekend", word)) if word == "this weekend" else word, parts["start"], parts)
+
+    def _clock(self) -> tuple[str, str]:
+        """Draws a clock time: as written, and as HH:MM."""
+        kind = self.rng.random()
+        if kind < 0.06:
+            return "noon", "12:00"
+        if kind < 0.08:
+            return "midday", "12:00"
+        hour = self.rng.choice((*range(6, 23), 8, 9, 9, 10, 14, 15, 16, 17, 18))
+        minutes = self.rng.choice((0, 0, 0, 30, 30, 15, 45, self.rng.randrange(5, 60, 5)))
+        value = f"{hour:02d}:{minutes:02d}"
+        if kind < 0.35:
+            return (value if self.rng.random() < 0.5 else value.removeprefix("0")), value
+        half = "am" if hour < 12 else "pm"
+        number = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
+        half = self.rng.choice((half, half, f" {half}", f" {half.upper()}", half.upper(), f" {half[0]}.m."))
+        return number + half, value
+
+    def _time(self) -> Filled:
+        text, value = self._clock()
+        return Filled(text, value)
+
+    def _moment(self) -> Filled:
+        """Draws a moment as a whole adverbial."""
+        kind = self.rng.random()
+        if kind < 0.13:
+            word, moment = self.rng.choice(tuple(soon_words(self.now).items()))
+            text = {"in an hour": self.rng.choice(("in an hour", "in one hour", "in 1 hour", "an hour from now")),
+                    "in 30 minutes": self.rng.choice(("in 30 minutes", "in half an hour", "in 30 min")),
+                    "in 2 hours": self.rng.choice(("in 2 hours", "in two hours"))}.get(word, word)  # fmt: skip
+            return Filled(text, minute(moment))
+        if kind < 0.19:
+            clock, value = self._clock()
+            return Filled(f"at {clock}", f"{self._days['today']}T{value}")
+        if kind < 0.23:
+            return Filled("tonight", f"{self._days['today']}T20:00")
+        if kind < 0.35:
+            part, value = self.rng.choice(tuple(_PARTS_OF_DAY.items()))
+            day_text, day = self._named_day()
+            if day_text == "today":
+                return Filled(f"this {part}", f"{day}T{value}")
+            if day_text.startswith("the day"):
+                return Filled(f"{day_text} in the {part}", f"{day}T{value}")
+            on = "on " if day_text[:1].isupper() and self.rng.random() < 0.7 else ""
+            return Filled(f"{on}{day_text} {part}", f"{day}T{value}")
+        day_text, day = self._named_day() if kind < 0.78 else self._calendar_date()
+        if kind > 0.94:
+            day = self.now.date() + timedelta(days=self.rng.randint(1, 300))
+            day_text = str(day)
+        clock, value = self._clock()
+        dated = day_text[:1].isupper() or day_text[:1].isdigit() or day_text.startswith("the ") and "of" in day_text
+        on = "on " if dated else ""
+        texts = [f"{on}{day_text} at {clock}", f"{on}{day_text} at {clock}", f"at {clock} {on}{day_text}"]
+        texts.append(f"{day_text} {clock}" if clock[:1].isdigit() and not day_text[-1:].isdigit() else texts[0])
+        return Filled(self.rng.choice(texts), f"{day}T{value}")
+
+    def _priority(self) -> Filled:
+        value = self.rng.choice(("high", "high", "medium", "low"))
+        return Filled(value, value)
+
+    def _adjective(self) -> Filled:
+        value = self.rng.choice(("high", "high", "medium", "low"))
+        return Filled(self.rng.choice(_ADJECTIVES[value]), value)
+
+
+_LETTERS = re.compile(r"[a-z]{5,}")
+
+
+def misspell(text: str, rng: random.Random) -> str:
+    """Returns the text with one typing slip in a lower-case word of five or more letters, if it has one."""
+    words = list(_LETTERS.finditer(text))
+    if not words:
+        return text
+    word = rng.choice(words)
+    at = rng.randrange(word.start() + 1, word.end() - 1)
+    slip = rng.random()
+    if slip < 0.4:
+        return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+    if slip < 0.7:
+        return text[:at] + text[at + 1 :]
+    return text[:at] + text[at] + text[at:]

