@@ -1,0 +1,1 @@
+"""Training: chat template, base model, prefix-shared packing, fine-tuning and merging."""

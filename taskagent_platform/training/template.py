@@ -1,0 +1,155 @@
+"""The chat template: one token stream for training and for serving.
+
+The same Jinja file renders training examples here and requests in the server; it travels inside the model's folder.
+Only its first line, the control tokens, differs between families of base models.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from taskagent_platform.errors import PlatformError
+
+TEMPLATE_NAME = "chat_template.jinja"
+TEMPLATE_FILE = Path(__file__).with_name(TEMPLATE_NAME)
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+
+class ControlTokens(NamedTuple):
+    """What stands around a turn, for one family of base models."""
+
+    document_start: str
+    role_start: str
+    role_end: str
+    turn_end: str
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends a turn; generation stops at it."""
+        return self.turn_end.strip()
+
+
+CHATML = ControlTokens("", "<|im_start|>", "\n", "<|im_end|>\n")
+LLAMA3 = ControlTokens("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>")
+
+
+class Rendered(NamedTuple):
+    """One example as tokens.
+
+    Attributes:
+        input_ids: the token ids of the whole conversation.
+        labels: the same ids where the assistant speaks (its end of turn included), elsewhere ``IGNORED``;
+            not shifted: ``labels[i]`` is learned from the tokens before ``i``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def control_tokens(tokenizer: Any) -> ControlTokens:
+    """Returns the control tokens that a tokenizer has as single tokens.
+
+    Raises:
+        PlatformError: it has neither ChatML's nor Llama 3's.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for tokens in (LLAMA3, CHATML):
+        if tokens.role_start in vocabulary and tokens.end_token in vocabulary:
+            return tokens
+    raise PlatformError(
+        f"The tokenizer of {tokenizer.name_or_path or 'the base model'} has neither <|im_start|> and <|im_end|> nor "
+        "<|start_header_id|> and <|eot_id|>; choose a base model of the Llama 3 or ChatML family."
+    )
+
+
+def chat_template(tokens: ControlTokens = CHATML) -> str:
+    """Returns the Jinja source of the chat template with these control tokens in its first line."""
+    _, _, rest = TEMPLATE_FILE.read_text().partition("\n")
+    values = ", ".join("'" + value.replace("\n", "\\n") + "'" for value in tokens)
+    return f"{{%- set document_start, role_start, role_end, turn_end = {values} %}}\n{rest}"
+
+
+def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages as the server hands them to the template: arguments as objects, not as JSON text.
+
+    Raises:
+        PlatformError: the arguments of a call are not a JSON object.
+    """
+    prepared = []
+    for message in messages:
+        message = dict(message)
+        calls = message.pop("tool_calls", None)
+        if calls:
+            message["tool_calls"] = [
+                {**call, "function": {**call["function"], "arguments": _arguments(call["function"])}} for call in calls
+            ]
+        prepared.append(message)
+    return prepared
+
+
+def render_text(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Returns the conversation as text, through the tokenizer's own chat template."""
+    text: str = tokenizer.apply_chat_template(
+        prepare_messages(messages),
+        tools=list(tools) if tools else None,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return text
+
+
+def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> Rendered:
+    """Renders a conversation to token ids, with labels on what the assistant says.
+
+    Every assistant turn is preceded by exactly the tokens that the server computes for the messages before it with
+    ``add_generation_prompt``.
+
+    Args:
+        messages: OpenAI's chat format; arguments of calls as JSON text or objects.
+        tools: OpenAI's format, or None.
+        tokenizer: a Hugging Face tokenizer that carries our chat template.
+
+    Raises:
+        PlatformError: no assistant turn, or a turn that the server would tokenize differently.
+    """
+    prepared = prepare_messages(messages)
+    turns = [index for index, message in enumerate(prepared) if message["role"] == "assistant"]
+    if not turns:
+        raise PlatformError("An example has no assistant message, so nothing can be learned from it.")
+    end_id = tokenizer.convert_tokens_to_ids(control_tokens(tokenizer).end_token)
+    ids = _encode(render_text(prepared, tools, tokenizer), tokenizer)
+    labels = [IGNORED] * len(ids)
+    for turn in turns:
+        prompt = _encode(render_text(prepared[:turn], tools, tokenizer, add_generation_prompt=True), tokenizer)
+        start = len(prompt)
+        if ids[:start] != prompt or end_id not in ids[start:]:
+            raise PlatformError(
+                f"The server would tokenize messages[{turn}] differently from training: {prepared[turn]!r}."
+            )
+        stop = ids.index(end_id, start) + 1
+        labels[start:stop] = ids[start:stop]
+    return Rendered(ids, labels)
+
+
+def _encode(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments") or {}
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except json.JSONDecodeError as error:
+        raise PlatformError(f"The arguments of a call of {function.get('name')} are not JSON: {arguments!r}.") from error
+    if not isinstance(parsed, dict):
+        raise PlatformError(f"The arguments of a call of {function.get('name')} are not a JSON object: {arguments!r}.")
+    return parsed
