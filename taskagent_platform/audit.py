@@ -80,6 +80,11 @@ class AuditLog:
         """Returns the lock that appending takes: hold it to look and then append without a gap."""
         return self._lock
 
+    def check(self) -> None:
+        """Raises the PlatformError that appending would raise, so that it shows before something is done."""
+        with self._lock:
+            self._tail()
+
     def append(
         self,
         action: str,

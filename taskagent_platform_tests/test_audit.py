@@ -37,7 +37,7 @@ def test_a_line_says_who_when_what_and_how_it_ended(log: AuditLog) -> None:
 def test_an_untouched_log_verifies(log: AuditLog) -> None:
     assert log.verify() == 4
     assert [entry.arguments for entry in log.entries()] == [{"title": f"task {n}"} for n in range(4)]
-    assert [entry.arguments for entry in log.recent(timedelta(minutes=1))][0] == {"title": "task 3"}
+    assert log.recent(timedelta(minutes=1))[0].arguments == {"title": "task 3"}
     assert AuditLog(log.path.with_name("none.jsonl")).verify() == 0
 
 

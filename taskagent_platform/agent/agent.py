@@ -1,0 +1,197 @@
+"""The agent itself: the domain's prompt and tools on the OpenAI Agents SDK.
+
+Importing this module imports the SDK, which takes a second or more; light modules import it inside functions.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import openai
+from agents import Agent, FunctionTool, ModelSettings, OpenAIChatCompletionsModel, RunConfig, RunHooks, Runner
+from agents.exceptions import MaxTurnsExceeded, ModelBehaviorError, UserError
+from agents.items import ModelResponse, ToolApprovalItem
+from agents.run_config import ToolErrorFormatterArgs, ToolExecutionConfig
+from agents.run_context import RunContextWrapper
+from agents.tool_context import ToolContext
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai.types.responses import ResponseFunctionToolCall
+
+from taskagent_platform.agent.execution import ExecutedCall, ToolExecutor
+from taskagent_platform.domains.base import Domain, Tool
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.active import DIGEST_HEADER
+
+_REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server and what to ask it for.
+
+    Attributes:
+        base_url: its address, with ``/v1``.
+        model_name: the name that it serves the model under.
+        max_tokens: the longest answer asked for.
+        api_key: sent as a bearer token; servers without keys ignore it.
+    """
+
+    base_url: str
+    model_name: str
+    max_tokens: int
+    api_key: str = "none"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        text: the model's last message; the platform's own sentence where a call was refused or the turns ran out.
+        calls: every call that the model made, in order.
+        model_digest: the model that answered last; None where the server does not say.
+    """
+
+    text: str
+    calls: tuple[ExecutedCall, ...]
+    model_digest: str | None
+
+
+def build_agent(
+    domain: Domain, executor: ToolExecutor, client: AsyncOpenAI, endpoint: Endpoint, now: datetime
+) -> Agent:
+    """Builds the agent of a domain.
+
+    Args:
+        domain: the tools and the prompt.
+        executor: executes the calls.
+        client: a client of the endpoint.
+        endpoint: the model to ask.
+        now: the moment at which the conversation takes place.
+    """
+    return Agent(
+        name=domain.agent_name,
+        instructions=domain.system_prompt(now),
+        tools=[_function_tool(tool, executor) for tool in domain.tools],
+        model=OpenAIChatCompletionsModel(model=endpoint.model_name, openai_client=client),
+        model_settings=ModelSettings(temperature=0, max_tokens=endpoint.max_tokens),
+        # A tool choice of "auto" that the SDK resets after a call would change the body between turns.
+        reset_tool_choice=False,
+    )
+
+
+async def run_agent(
+    domain: Domain, executor: ToolExecutor, endpoint: Endpoint, text: str, *, now: datetime, max_turns: int
+) -> Answer:
+    """Answers one request: the model calls tools until it has something to say.
+
+    A refused call ends the conversation: a small model told of a refusal may still claim that the thing is done.
+
+    Raises:
+        PlatformError: the endpoint does not answer, refuses the request, or answers with what is no answer.
+    """
+
+    async def note_digest(response: Any) -> None:
+        executor.model_digest = response.headers.get(DIGEST_HEADER) or executor.model_digest
+
+    # The address is the user's own setting; a proxy of the environment is not asked for it.
+    http_client = DefaultAsyncHttpxClient(trust_env=False, event_hooks={"response": [note_digest]})
+    client = AsyncOpenAI(
+        base_url=endpoint.base_url, api_key=endpoint.api_key, http_client=http_client, timeout=_REQUEST_TIMEOUT_S
+    )
+    async with client:
+        agent = build_agent(domain, executor, client, endpoint, now)
+        config = RunConfig(
+            # The SDK would send traces to OpenAI.
+            tracing_disabled=True,
+            tool_not_found_behavior="return_error_to_model",
+            tool_error_formatter=_unknown_tool_message,
+            # Calls of one turn run in the order in which the model wrote them, as in the evaluation.
+            tool_execution=ToolExecutionConfig(max_function_tool_concurrency=1),
+        )
+        try:
+            result = await Runner.run(
+                agent, text, run_config=config, max_turns=max_turns, hooks=_UnknownTools(executor)
+            )
+            while result.interruptions:
+                state = result.to_state()
+                if not executor.approve([_pending(item) for item in result.interruptions]):
+                    text = _refusal(executor)
+                    break
+                for item in result.interruptions:
+                    state.approve(item)
+                result = await Runner.run(
+                    agent, state, run_config=config, max_turns=max_turns, hooks=_UnknownTools(executor)
+                )
+            else:
+                text = str(result.final_output)
+        except MaxTurnsExceeded:
+            text = f"Stopped: the model was still calling tools after {max_turns} turns."
+        except openai.APIConnectionError as error:
+            raise PlatformError(
+                f"Nothing answers at {endpoint.base_url}: deploy a model first, or see `taskagent status`."
+            ) from error
+        except openai.APIStatusError as error:
+            raise PlatformError(f"{endpoint.base_url} answered {error.status_code}: {error.message}") from error
+        except ModelBehaviorError as error:
+            raise PlatformError(f"The model's answer cannot be used: {error}") from error
+        except UserError as error:
+            # The SDK wraps what a tool raises; the sentence meant for the user is the cause.
+            if isinstance(error.__cause__, PlatformError):
+                raise error.__cause__ from None
+            raise
+    return Answer(text, tuple(executor.calls), executor.model_digest)
+
+
+class _UnknownTools(RunHooks):
+    """Records calls of tools that the domain does not have; the SDK answers them itself."""
+
+    def __init__(self, executor: ToolExecutor) -> None:
+        self._executor = executor
+        self._known = {tool.name for tool in executor.domain.tools}
+
+    async def on_llm_end(self, context: RunContextWrapper[Any], agent: Any, response: ModelResponse) -> None:
+        for item in response.output:
+            if isinstance(item, ResponseFunctionToolCall) and item.name not in self._known:
+                self._executor.refuse_unknown(item.name, item.arguments)
+
+
+def _unknown_tool_message(problem: ToolErrorFormatterArgs[Any]) -> str | None:
+    if problem.kind == "tool_not_found":
+        return ToolExecutor.unknown_tool_result(problem.tool_name)
+    return None
+
+
+def _function_tool(tool: Tool, executor: ToolExecutor) -> FunctionTool:
+    made = FunctionTool(
+        name=tool.name,
+        description=tool.description,
+        params_json_schema=tool.parameters(),
+        on_invoke_tool=_invoker(tool, executor),
+        strict_json_schema=False,
+        needs_approval=tool.destructive,
+    )
+    # Asked for strict, the SDK would rewrite the schema so that every argument is required. The server takes
+    # optional ones in strict mode too, and the model was taught and judged with exactly this schema.
+    made.strict_json_schema = True
+    return made
+
+
+def _invoker(tool: Tool, executor: ToolExecutor) -> Callable[[ToolContext[Any], str], Awaitable[str]]:
+    async def invoke(context: ToolContext[Any], arguments: str) -> str:
+        return executor.execute(tool.name, arguments)
+
+    return invoke
+
+
+def _pending(item: ToolApprovalItem) -> tuple[str, str]:
+    raw = item.raw_item
+    if not isinstance(raw, ResponseFunctionToolCall):
+        raise PlatformError(f"The SDK asks to approve something that is no function call: {raw!r}.")
+    return raw.name, raw.arguments
+
+
+def _refusal(executor: ToolExecutor) -> str:
+    refused = next(call for call in executor.calls if call.outcome == "refused" and call.result is None)
+    return f"Not done: {refused.tool} was refused, {refused.reason}."

@@ -1,0 +1,146 @@
+"""Execution of an agent's tool calls: on a backend, each one recorded in the audit log."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from taskagent_platform.agent.approvals import Call, LimitedApprover
+from taskagent_platform.audit import AuditLog, Outcome
+from taskagent_platform.domains.base import Backend, Domain, ToolError
+
+
+@dataclass(frozen=True)
+class ExecutedCall:
+    """One call that a model made and what came of it.
+
+    Attributes:
+        tool: the tool's name.
+        arguments: the arguments: an object, or the text as the model wrote it where that is none.
+        outcome: ``executed``, ``failed`` (the service answered with an error) or ``refused`` (it never ran).
+        result: what the model got to read; None for a refused call.
+        reason: why it failed or was refused.
+    """
+
+    tool: str
+    arguments: Mapping[str, Any] | str
+    outcome: Outcome
+    result: dict[str, Any] | None = None
+    reason: str | None = None
+
+
+class ToolExecutor:
+    """Executes the calls of one conversation, in order, and remembers them.
+
+    Args:
+        domain: whose tools are called.
+        backend: what executes them.
+        log: the audit log.
+        approver: decides on the destructive calls.
+        actor: who is responsible for the conversation; the account of the process if None.
+        on_call: is told of each call as soon as its outcome is known.
+
+    Attributes:
+        model_digest: the model that is answering; kept up to date by whoever talks to the server.
+        calls: every call so far, refused ones too.
+    """
+
+    def __init__(
+        self,
+        domain: Domain,
+        backend: Backend,
+        log: AuditLog,
+        approver: LimitedApprover,
+        actor: str | None = None,
+        on_call: Callable[[ExecutedCall], None] | None = None,
+    ) -> None:
+        self.domain = domain
+        self.model_digest: str | None = None
+        self.calls: list[ExecutedCall] = []
+        self._backend = backend
+        self._log = log
+        self._approver = approver
+        self._actor = actor
+        self._on_call = on_call
+
+    def execute(self, tool: str, arguments: str) -> str:
+        """Executes a call and returns its result as the JSON text that the model reads.
+
+        A call that the service refuses is a result too: the model may correct itself.
+
+        Raises:
+            PlatformError: the audit log cannot be written; nothing was executed.
+        """
+        # Whether the log can take the line shows before the call happens, not after.
+        self._log.check()
+        parsed = parse_arguments(arguments)
+        try:
+            if isinstance(parsed, str):
+                raise ToolError(400, "invalid_argument", "the arguments are not a JSON object")
+            result = self._backend.execute(tool, parsed)
+        except ToolError as error:
+            result = error.as_result()
+            self._record(ExecutedCall(tool, parsed, "failed", result, str(error)))
+        else:
+            self._record(ExecutedCall(tool, parsed, "executed", result))
+        return json.dumps(result, ensure_ascii=False)
+
+    def approve(self, pending: Sequence[tuple[str, str]]) -> bool:
+        """Returns whether the destructive calls of one answer may run: all of them, or none.
+
+        Args:
+            pending: tools and arguments, in the order of the answer.
+        """
+        approved: list[Call] = []
+        for tool, arguments in pending:
+            call = Call(tool, parse_arguments(arguments))
+            decision = self._approver(call, domain=self.domain.name, model_digest=self.model_digest, actor=self._actor)
+            if not decision.approved:
+                self._remember(ExecutedCall(*call, "refused", reason=decision.reason))
+                for earlier in approved:
+                    reason = f"another call of the same answer was refused ({call.tool})"
+                    self._record(ExecutedCall(*earlier, "refused", reason=reason))
+                return False
+            approved.append(call)
+        return True
+
+    def refuse_unknown(self, tool: str, arguments: str) -> None:
+        """Records a call of a tool that the domain does not have."""
+        error = _unknown_tool(tool)
+        self._record(ExecutedCall(tool, parse_arguments(arguments), "refused", error.as_result(), str(error)))
+
+    @staticmethod
+    def unknown_tool_result(tool: str) -> str:
+        """Returns what the model reads after calling a tool that does not exist."""
+        return json.dumps(_unknown_tool(tool).as_result(), ensure_ascii=False)
+
+    def _remember(self, call: ExecutedCall) -> None:
+        self.calls.append(call)
+        if self._on_call is not None:
+            self._on_call(call)
+
+    def _record(self, call: ExecutedCall) -> None:
+        self._remember(call)
+        self._log.append(
+            "tool_call",
+            call.outcome,
+            domain=self.domain.name,
+            model_digest=self.model_digest,
+            tool=call.tool,
+            arguments=call.arguments,
+            reason=call.reason,
+            actor=self._actor,
+        )
+
+
+def _unknown_tool(tool: str) -> ToolError:
+    return ToolError(404, "unknown_tool", f"there is no tool {tool}")
+
+
+def parse_arguments(text: str) -> dict[str, Any] | str:
+    """Returns the arguments as an object, or the text itself where it is no JSON object."""
+    try:
+        parsed = json.loads(text)
+    except ValueError:
+        return text
+    return parsed if isinstance(parsed, dict) else text

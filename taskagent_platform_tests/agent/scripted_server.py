@@ -1,0 +1,50 @@
+"""An OpenAI-compatible server that answers from a script and remembers the exact bytes that it was asked."""
+
+import json
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+def call(tool: str, **arguments: Any) -> dict[str, Any]:
+    """Returns a tool call for :class:`ScriptedServer`."""
+    return {"name": tool, "arguments": json.dumps(arguments)}
+
+
+class ScriptedServer:
+    """Answers each request with the next turn of a script.
+
+    Args:
+        turns: what the model says: a text, or a list of calls.
+        digest: the digest that the gateway would name.
+    """
+
+    def __init__(self, *turns: str | list[dict[str, Any]], digest: str = "digest-1") -> None:
+        self._turns = list(turns)
+        self._digest = digest
+        self.bodies: list[bytes] = []
+        self.app = Starlette(routes=[Route("/v1/chat/completions", self._answer, methods=["POST"])])
+
+    async def _answer(self, request: Request) -> Response:
+        self.bodies.append(await request.body())
+        if not self._turns:
+            return JSONResponse({"error": {"message": "the script is at its end"}}, 400)
+        turn = self._turns.pop(0)
+        number = len(self.bodies)
+        message: dict[str, Any] = {"role": "assistant", "content": turn if isinstance(turn, str) else None}
+        if not isinstance(turn, str):
+            message["tool_calls"] = [
+                {"id": f"call_{number}_{index}", "type": "function", "function": function}
+                for index, function in enumerate(turn)
+            ]
+        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}
+        body = {"id": f"c{number}", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+        return JSONResponse(body, headers={"x-model-digest": self._digest})
+
+    def body(self, index: int = 0) -> dict[str, Any]:
+        """Returns a request's body, parsed."""
+        parsed: dict[str, Any] = json.loads(self.bodies[index])
+        return parsed
