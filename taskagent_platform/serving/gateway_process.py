@@ -1,0 +1,178 @@
+"""The gateway's process: detached, known again by pid and creation time, and ended alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.active import active_file, endpoint_url
+from taskagent_platform.serving.server import check_port
+from taskagent_platform.settings import Settings
+
+_START_TIMEOUT_S = 60.0
+_STOP_PATIENCE_S = 35.0
+_POLL_S = 0.1
+# The creation time is derived from the boot time, which moves when the clock is set.
+_CREATE_TIME_TOLERANCE_S = 1.0
+_LOG_BYTES = 10 << 20
+
+
+class GatewayProcess(BaseModel):
+    """A gateway that was started, as its record says.
+
+    Attributes:
+        pid: its process.
+        create_time: when that process was created (seconds since the epoch); with the pid it names one process.
+        host: where it listens.
+        port: where it listens.
+        requests_per_minute: its limit for each client.
+        log_file: takes its access log.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pid: int
+    create_time: float
+    host: str
+    port: int
+    requests_per_minute: int
+    log_file: Path
+
+
+def running_gateway(settings: Settings) -> GatewayProcess | None:
+    """Returns the profile's gateway where it runs. Raises PlatformError where its record is damaged."""
+    record = _read(settings)
+    return record if record is not None and _process(record) is not None else None
+
+
+def start_gateway(settings: Settings) -> GatewayProcess:
+    """Returns the running gateway; starts it where none runs, and anew where the settings ask for another.
+
+    Raises:
+        PlatformError: something else listens on ``serving.port``, or it does not start.
+    """
+    serving = settings.serving
+    running = running_gateway(settings)
+    if running is not None:
+        if (running.host, running.port, running.requests_per_minute) == (
+            serving.host, serving.port, serving.requests_per_minute,
+        ):  # fmt: skip
+            return running
+        stop_gateway(settings)
+    check_port(serving.host, serving.port)
+    active = active_file(settings)
+    active.parent.mkdir(parents=True, exist_ok=True)
+    log_file = active.with_name("gateway.log")
+    command = [
+        sys.executable, "-m", "taskagent_platform.serving.gateway", "--active", str(active), "--host", serving.host,
+        "--port", str(serving.port), "--requests-per-minute", str(serving.requests_per_minute),
+    ]  # fmt: skip
+    # It imports this package also where that is used from a checkout that is not installed.
+    root = str(Path(__file__).resolve().parents[2])
+    search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    mode = "ab" if log_file.exists() and log_file.stat().st_size < _LOG_BYTES else "wb"
+    with log_file.open(mode) as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": search},
+            cwd=active.parent,
+            start_new_session=True,
+        )
+    try:
+        started = GatewayProcess(
+            pid=process.pid,
+            create_time=psutil.Process(process.pid).create_time(),
+            host=serving.host,
+            port=serving.port,
+            requests_per_minute=serving.requests_per_minute,
+            log_file=log_file,
+        )
+        _write(settings, started)
+        _wait_until_up(settings, process, log_file)
+    except BaseException:
+        process.kill()
+        process.wait()
+        _record_file(settings).unlink(missing_ok=True)
+        raise
+    return started
+
+
+def stop_gateway(settings: Settings) -> bool:
+    """Ends the profile's gateway, after the requests on their way, and returns whether it ran."""
+    record = _read(settings)
+    process = _process(record) if record is not None else None
+    if process is not None:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+            try:
+                process.wait(_STOP_PATIENCE_S)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait(_STOP_PATIENCE_S)
+    _record_file(settings).unlink(missing_ok=True)
+    return process is not None
+
+
+def _process(record: GatewayProcess) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(record.pid)
+        same = abs(process.create_time() - record.create_time) <= _CREATE_TIME_TOLERANCE_S
+        if same and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def _wait_until_up(settings: Settings, process: subprocess.Popen[bytes], log_file: Path) -> None:
+    # A proxy of the environment must not answer for this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = endpoint_url(settings).removesuffix("/v1") + "/health"
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            lines = log_file.read_text(errors="replace").splitlines() or ["it wrote nothing"]
+            raise PlatformError(f"The gateway ended while starting: {lines[-1]} The whole output is in {log_file}.")
+        try:
+            opener.open(url, timeout=2).close()
+            return
+        except urllib.error.HTTPError as error:
+            with suppress(ValueError, AttributeError):
+                # Its own words for having nothing to serve yet.
+                if "deployments" in json.load(error):
+                    return
+        except OSError:
+            pass
+        time.sleep(_POLL_S)
+    raise PlatformError(f"The gateway did not answer at {url} within {_START_TIMEOUT_S:.0f} s; look at {log_file}.")
+
+
+def _record_file(settings: Settings) -> Path:
+    return active_file(settings).with_name("gateway.json")
+
+
+def _read(settings: Settings) -> GatewayProcess | None:
+    path = _record_file(settings)
+    try:
+        return GatewayProcess.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise PlatformError(f"{path} is damaged ({error}); delete it.") from error
+
+
+def _write(settings: Settings, record: GatewayProcess) -> None:
+    path = _record_file(settings)
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(record.model_dump_json(indent=1))
+    scratch.replace(path)

@@ -1,0 +1,58 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.gateway_process import running_gateway, start_gateway, stop_gateway
+from taskagent_platform.serving.server import free_port
+from taskagent_platform.settings import Settings, load_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    settings = load_settings(profile="smoke", serving={"port": free_port()})
+    yield settings
+    stop_gateway(settings)
+
+
+def test_the_gateway_starts_once_answers_outlives_the_starter_and_stops(settings: Settings) -> None:
+    gateway = start_gateway(settings)
+    assert start_gateway(settings) == gateway == running_gateway(settings)
+    assert httpx.get(f"http://127.0.0.1:{settings.serving.port}/health", trust_env=False).status_code == 503
+    assert os.getsid(gateway.pid) != os.getsid(0)
+    assert stop_gateway(settings)
+    assert not psutil.pid_exists(gateway.pid)
+    assert running_gateway(settings) is None
+    assert not stop_gateway(settings)
+
+
+def test_a_port_that_someone_else_uses_is_one_clear_sentence(settings: Settings) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", settings.serving.port))
+        other.listen()
+        with pytest.raises(PlatformError, match=f"Nothing can listen on 127.0.0.1:{settings.serving.port}"):
+            start_gateway(settings)
+    assert running_gateway(settings) is None
+
+
+def test_a_process_that_merely_has_the_recorded_pid_is_left_alone(settings: Settings) -> None:
+    start_gateway(settings)
+    stop_gateway(settings)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        record = settings.home / "smoke" / "gateway.json"
+        record.write_text(
+            f'{{"pid": {stranger.pid}, "create_time": 1.0, "host": "127.0.0.1", "port": 1, '
+            '"requests_per_minute": 1, "log_file": "gateway.log"}'
+        )
+        assert running_gateway(settings) is None
+        assert not stop_gateway(settings)
+        assert stranger.poll() is None
+        stranger.kill()
