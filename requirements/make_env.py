@@ -15,8 +15,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -28,6 +30,8 @@ PRIVATE_UV = ROOT / ".venv-uv"
 OLDEST_UV = (0, 7)
 PYTHONS = ((3, 11), (3, 13))
 """Oldest and newest Python that the locks hold for."""
+BUILT_HERE = ("arctic-inference",)
+"""Packages without wheels. Built by themselves they would download a CUDA build of torch to build against."""
 DISK_GIB = {"cpu": 8, "gpu": 25}
 """Free space needed: the environment and the downloads that it is made of."""
 # pip names a setting by one variable, uv by another; whoever has set pip up has said enough.
@@ -65,14 +69,24 @@ def main() -> None:
     uv = find_uv(environment)
     make_venv(uv, environment, lock)
     pins = [line for line in lock_file(lock).read_text().splitlines() if "==" in line]
+    torch = [pin for pin in pins if "+cpu" in pin]
+    built = [pin for pin in pins if pin.split("==")[0] in BUILT_HERE]
+    ready = [pin for pin in pins if pin not in torch and pin not in built]
     # No dependencies: the lock is whole, and some packages ask for more than is used (see overrides-*.txt).
     install = [uv, "pip", "install", "--no-deps"]
-    if builds := [pin for pin in pins if "+cpu" in pin]:
-        say(f"Installing {', '.join(builds)}")
-        run_uv([*install, *builds, *torch_source(environment)], environment)
-    say(f"Installing {len(pins) - len(builds)} packages (several GB on disk, minutes of downloads the first time)")
-    others = "\n".join(pin for pin in pins if pin not in builds)
-    run_uv([*install, "-r", "-"], environment, others)
+    if torch:
+        say(f"Installing {', '.join(torch)}")
+        run_uv([*install, *torch, *torch_source(environment)], environment)
+    say(f"Installing {len(ready)} packages (several GB on disk, minutes of downloads the first time)")
+    run_uv([*install, "-r", "-"], environment, "\n".join(ready))
+    if built and compiler():
+        say(f"Compiling {', '.join(built)}")
+        run_uv([*install, "--no-build-isolation", *built], environment)
+    elif built:
+        say(
+            f"Left out {', '.join(built)}: there is no C++ compiler, or no Python headers. Everything works, answers "
+            "take longer; install both (Debian and Ubuntu: g++ and python3-dev), then run `make env` again."
+        )
     run_uv([*install, "-e", str(ROOT)], environment)
     STAMP.write_text(finished)
     say(f"The environment is ready: {VENV.name} ({lock}).")
@@ -129,6 +143,7 @@ def uv_environment(lock: str) -> dict[str, str]:
     if lock == "cpu":
         environment.pop("UV_TORCH_BACKEND", None)
     environment["VIRTUAL_ENV"] = str(VENV)
+    environment["PATH"] = os.pathsep.join([str(VENV / "bin"), environment["PATH"]])
     return environment
 
 
@@ -241,6 +256,13 @@ def tail(output: str, lines: int = 12) -> str:
     return "\n".join(f"    {line}" for line in output.strip().splitlines()[-lines:])
 
 
+def compiler() -> str | None:
+    """Returns the C++ compiler that can build Python extensions here, if any."""
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return None
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+
+
 def lock_file(lock: str) -> Path:
     """Returns the file of a lock."""
     return ROOT / "requirements" / f"{lock}.txt"
@@ -250,7 +272,7 @@ def stamp_text(lock: str) -> str:
     """Returns what the stamp of a finished environment says: its lock, its folder, what it was made from."""
     inputs = (lock_file(lock), ROOT / "pyproject.toml", Path(__file__))
     sha = hashlib.sha256(b"\0".join(path.read_bytes() for path in inputs))
-    return f"{lock}\n{ROOT}\n{sha.hexdigest()}\n"
+    return f"{lock}\n{ROOT}\n{sha.hexdigest()}\ncompiler: {compiler()}\n"
 
 
 def say(text: str) -> None:
@@ -263,6 +285,8 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 if __name__ == "__main__":
+    # `kill` ends like Ctrl-C, so that no download is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except SetupError as error:
