@@ -44,7 +44,8 @@ stop: ## stop the servers that the project started, and only those
 
 # The locks name no registry. Wheels for the CPU come from where `make env` takes them; such a place must not offer
 # a CPU build of torch to the GPU lock. `make locks ARGS=--upgrade` takes the newest versions allowed.
-COMPILE := uv pip compile pyproject.toml --quiet --no-emit-index-url --no-annotate --no-header --python-version 3.11 $(ARGS)
+COMPILE := uv pip compile pyproject.toml --quiet --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
+  --override requirements/overrides.txt $(ARGS)
 locks: ## compile requirements/*.txt from pyproject.toml (needs uv)
 	@command -v uv >/dev/null || { echo "make locks: uv is missing: pip install uv" >&2; exit 1; }
 	@places="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS// /,}}"; \
