@@ -1,0 +1,1 @@
+"""What a model is taught: one package for each domain, and what they share."""
