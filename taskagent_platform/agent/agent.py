@@ -21,26 +21,10 @@ from openai.types.responses import ResponseFunctionToolCall
 from taskagent_platform.agent.execution import ExecutedCall, ToolExecutor
 from taskagent_platform.domains.base import Domain, Tool
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.client import Endpoint
 from taskagent_platform.serving.active import DIGEST_HEADER
 
 _REQUEST_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible server and what to ask it for.
-
-    Attributes:
-        base_url: its address, with ``/v1``.
-        model_name: the name that it serves the model under.
-        max_tokens: the longest answer asked for.
-        api_key: sent as a bearer token; servers without keys ignore it.
-    """
-
-    base_url: str
-    model_name: str
-    max_tokens: int
-    api_key: str = "none"
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ def build_agent(
         name=domain.agent_name,
         instructions=domain.system_prompt(now),
         tools=[_function_tool(tool, executor) for tool in domain.tools],
-        model=OpenAIChatCompletionsModel(model=endpoint.model_name, openai_client=client),
+        model=OpenAIChatCompletionsModel(model=endpoint.model, openai_client=client),
         model_settings=ModelSettings(temperature=0, max_tokens=endpoint.max_tokens),
         # A tool choice of "auto" that the SDK resets after a call would change the body between turns.
         reset_tool_choice=False,
@@ -111,9 +95,7 @@ async def run_agent(
             tool_execution=ToolExecutionConfig(max_function_tool_concurrency=1),
         )
         try:
-            result = await Runner.run(
-                agent, text, run_config=config, max_turns=max_turns, hooks=_UnknownTools(executor)
-            )
+            result = await Runner.run(agent, text, run_config=config, max_turns=max_turns, hooks=_Answers(executor))
             while result.interruptions:
                 state = result.to_state()
                 if not executor.approve([_pending(item) for item in result.interruptions]):
@@ -122,7 +104,7 @@ async def run_agent(
                 for item in result.interruptions:
                     state.approve(item)
                 result = await Runner.run(
-                    agent, state, run_config=config, max_turns=max_turns, hooks=_UnknownTools(executor)
+                    agent, state, run_config=config, max_turns=max_turns, hooks=_Answers(executor)
                 )
             else:
                 text = str(result.final_output)
@@ -144,17 +126,15 @@ async def run_agent(
     return Answer(text, tuple(executor.calls), executor.model_digest)
 
 
-class _UnknownTools(RunHooks):
-    """Records calls of tools that the domain does not have; the SDK answers them itself."""
+class _Answers(RunHooks):
+    """Tells the executor of the calls of each answer before any of them runs."""
 
     def __init__(self, executor: ToolExecutor) -> None:
         self._executor = executor
-        self._known = {tool.name for tool in executor.domain.tools}
 
     async def on_llm_end(self, context: RunContextWrapper[Any], agent: Any, response: ModelResponse) -> None:
-        for item in response.output:
-            if isinstance(item, ResponseFunctionToolCall) and item.name not in self._known:
-                self._executor.refuse_unknown(item.name, item.arguments)
+        calls = [item for item in response.output if isinstance(item, ResponseFunctionToolCall)]
+        self._executor.begin_answer([(call.name, call.arguments) for call in calls])
 
 
 def _unknown_tool_message(problem: ToolErrorFormatterArgs[Any]) -> str | None:
@@ -170,12 +150,21 @@ def _function_tool(tool: Tool, executor: ToolExecutor) -> FunctionTool:
         params_json_schema=tool.parameters(),
         on_invoke_tool=_invoker(tool, executor),
         strict_json_schema=False,
-        needs_approval=tool.destructive,
+        needs_approval=tool.destructive or _waits_for_approval(executor),
     )
     # Asked for strict, the SDK would rewrite the schema so that every argument is required. The server takes
     # optional ones in strict mode too, and the model was taught and judged with exactly this schema.
     made.strict_json_schema = True
     return made
+
+
+def _waits_for_approval(executor: ToolExecutor) -> Callable[..., Awaitable[bool]]:
+    # The SDK would run the harmless calls of an answer while a destructive one waits for its approval: in another
+    # order than the model wrote, and than the evaluation measured.
+    async def waits(context: RunContextWrapper[Any], arguments: dict[str, Any], call_id: str) -> bool:
+        return executor.answer_is_destructive
+
+    return waits
 
 
 def _invoker(tool: Tool, executor: ToolExecutor) -> Callable[[ToolContext[Any], str], Awaitable[str]]:
@@ -193,5 +182,6 @@ def _pending(item: ToolApprovalItem) -> tuple[str, str]:
 
 
 def _refusal(executor: ToolExecutor) -> str:
-    refused = next(call for call in executor.calls if call.outcome == "refused" and call.result is None)
+    refused = executor.refused
+    assert refused is not None
     return f"Not done: {refused.tool} was refused, {refused.reason}."

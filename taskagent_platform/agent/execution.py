@@ -43,6 +43,8 @@ class ToolExecutor:
     Attributes:
         model_digest: the model that is answering; kept up to date by whoever talks to the server.
         calls: every call so far, refused ones too.
+        answer_is_destructive: whether the latest answer holds a destructive call, so that all its calls wait.
+        refused: the destructive call that was not approved; the conversation ends with it.
     """
 
     def __init__(
@@ -57,6 +59,10 @@ class ToolExecutor:
         self.domain = domain
         self.model_digest: str | None = None
         self.calls: list[ExecutedCall] = []
+        self.answer_is_destructive = False
+        self.refused: ExecutedCall | None = None
+        self._known = {tool.name for tool in domain.tools}
+        self._destructive = {tool.name for tool in domain.tools if tool.destructive}
         self._backend = backend
         self._log = log
         self._approver = approver
@@ -85,29 +91,37 @@ class ToolExecutor:
             self._record(ExecutedCall(tool, parsed, "executed", result))
         return json.dumps(result, ensure_ascii=False)
 
+    def begin_answer(self, calls: Sequence[tuple[str, str]]) -> None:
+        """Takes note of the calls of one answer before they run, and records those of unknown tools.
+
+        Args:
+            calls: tools and arguments, in the order of the answer.
+        """
+        self.answer_is_destructive = any(tool in self._destructive for tool, _ in calls)
+        for tool, arguments in calls:
+            if tool not in self._known:
+                error = _unknown_tool(tool)
+                self._record(ExecutedCall(tool, parse_arguments(arguments), "refused", error.as_result(), str(error)))
+
     def approve(self, pending: Sequence[tuple[str, str]]) -> bool:
-        """Returns whether the destructive calls of one answer may run: all of them, or none.
+        """Returns whether the calls of one answer may run: all of them, or none. Harmless ones need no approval.
 
         Args:
             pending: tools and arguments, in the order of the answer.
         """
-        approved: list[Call] = []
-        for tool, arguments in pending:
-            call = Call(tool, parse_arguments(arguments))
+        calls = [Call(tool, parse_arguments(arguments)) for tool, arguments in pending]
+        for index, call in enumerate(calls):
+            if call.tool not in self._destructive:
+                continue
             decision = self._approver(call, domain=self.domain.name, model_digest=self.model_digest, actor=self._actor)
             if not decision.approved:
-                self._remember(ExecutedCall(*call, "refused", reason=decision.reason))
-                for earlier in approved:
-                    reason = f"another call of the same answer was refused ({call.tool})"
-                    self._record(ExecutedCall(*earlier, "refused", reason=reason))
+                self.refused = ExecutedCall(*call, "refused", reason=decision.reason)
+                self._remember(self.refused)
+                for other in calls[:index] + calls[index + 1 :]:
+                    reason = f"{call.tool} of the same answer was refused"
+                    self._record(ExecutedCall(*other, "refused", reason=reason))
                 return False
-            approved.append(call)
         return True
-
-    def refuse_unknown(self, tool: str, arguments: str) -> None:
-        """Records a call of a tool that the domain does not have."""
-        error = _unknown_tool(tool)
-        self._record(ExecutedCall(tool, parse_arguments(arguments), "refused", error.as_result(), str(error)))
 
     @staticmethod
     def unknown_tool_result(tool: str) -> str:

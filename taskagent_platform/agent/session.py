@@ -162,13 +162,14 @@ def _converse(
     actor: str | None,
     on_call: Callable[[ExecutedCall], None] | None = None,
 ) -> "Answer":
-    from taskagent_platform.agent.agent import Endpoint, run_agent
+    from taskagent_platform.agent.agent import run_agent
+    from taskagent_platform.evaluation.client import Endpoint
 
     log = audit_log(settings)
     limited = LimitedApprover(approver, log, settings.serving.destructive_per_minute)
     endpoint = Endpoint(
         base_url=base_url or endpoint_url(settings),
-        model_name=model_name(settings, domain.name),
+        model=model_name(settings, domain.name),
         max_tokens=settings.serving.max_tokens,
         api_key=os.environ.get(API_KEY_VARIABLE) or "none",
     )

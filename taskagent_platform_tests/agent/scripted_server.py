@@ -8,6 +8,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+Calls = list[dict[str, Any]]
+Turn = str | Calls | tuple[str, Calls]
+
 
 def call(tool: str, **arguments: Any) -> dict[str, Any]:
     """Returns a tool call for :class:`ScriptedServer`."""
@@ -18,11 +21,11 @@ class ScriptedServer:
     """Answers each request with the next turn of a script.
 
     Args:
-        turns: what the model says: a text, or a list of calls.
+        turns: what the model says: a text, a list of calls, or both.
         digest: the digest that the gateway would name.
     """
 
-    def __init__(self, *turns: str | list[dict[str, Any]], digest: str = "digest-1") -> None:
+    def __init__(self, *turns: Turn, digest: str = "digest-1") -> None:
         self._turns = list(turns)
         self._digest = digest
         self.bodies: list[bytes] = []
@@ -34,11 +37,12 @@ class ScriptedServer:
             return JSONResponse({"error": {"message": "the script is at its end"}}, 400)
         turn = self._turns.pop(0)
         number = len(self.bodies)
-        message: dict[str, Any] = {"role": "assistant", "content": turn if isinstance(turn, str) else None}
-        if not isinstance(turn, str):
+        text, calls = turn if isinstance(turn, tuple) else (turn, []) if isinstance(turn, str) else (None, turn)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
             message["tool_calls"] = [
                 {"id": f"call_{number}_{index}", "type": "function", "function": function}
-                for index, function in enumerate(turn)
+                for index, function in enumerate(calls)
             ]
         choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}
         body = {"id": f"c{number}", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}

@@ -100,13 +100,23 @@ def test_a_destructive_call_without_a_terminal_is_refused_and_the_conversation_e
     assert _outcomes(settings) == [("delete_task", "refused")]
 
 
-def test_a_refusal_leaves_the_harmless_calls_of_the_same_turn_done(settings: Settings, run: Callable[..., Any]) -> None:
-    server = ScriptedServer([call("delete_task", task_id="task_001"), call("create_task", title="Keep me")], "never")
+def test_a_refusal_stops_everything_in_the_same_answer(settings: Settings, run: Callable[..., Any]) -> None:
+    server = ScriptedServer([call("create_task", title="Not me"), call("delete_task", task_id="task_001")], "never")
     answer, _ = run(server)
-    assert {(made.tool, made.outcome) for made in answer.calls} == {
-        ("delete_task", "refused"), ("create_task", "executed"),
-    }  # fmt: skip
-    assert "Keep me" in _titles(settings)
+    assert [(made.tool, made.outcome) for made in answer.calls] == [
+        ("delete_task", "refused"), ("create_task", "refused"),
+    ]  # fmt: skip
+    assert "Not me" not in _titles(settings)
+
+
+def test_approved_and_harmless_calls_of_an_answer_run_in_its_order(settings: Settings, run: Callable[..., Any]) -> None:
+    calls = [call("delete_task", task_id="T-19"), call("create_task", title="new"), call("delete_task", task_id="new")]
+    server = ScriptedServer(calls, "Done.")
+    answer, _ = run(server, yes=True)
+    assert [made.tool for made in answer.calls] == ["delete_task", "create_task", "delete_task"]
+    assert all(made.outcome == "executed" for made in answer.calls)
+    results = [message["tool_call_id"] for message in server.body(1)["messages"] if message["role"] == "tool"]
+    assert results == ["call_1_0", "call_1_1", "call_1_2"]
 
 
 def test_yes_approves_and_the_approval_is_on_record_before_the_execution(
