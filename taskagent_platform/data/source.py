@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from math import ceil
 from pathlib import Path
 
 from taskagent_platform.artifacts import Manifest, code_version, find_artifact, new_artifact, read_manifest
@@ -18,16 +19,19 @@ _DAYS = 5 * 365
 _CODE = ("data", "domains")
 
 
-def moments(settings: Settings) -> Sequence[datetime]:
-    """Returns the moments at which the examples of all sources take place.
+def moments(settings: Settings, domain: Domain, source: str) -> Sequence[datetime]:
+    """Returns the moments at which a source's examples take place, in turn.
 
-    Examples at one moment share their date block, and so a pack; there is a moment for each pack.
+    Examples at one moment share their date block, and so a pack. All sources draw on the same moments, as many as
+    there are packs, and each goes on where the one before it stopped: no moment has more examples than a pack holds.
     """
     rng = random.Random(settings.seed)
-    total = sum(source_count(settings, name) for name in ("structured_outputs", "function_calling", "multi_tool"))
-    count = max(2, round(total / settings.training.pack_examples))
-    days = rng.sample(range(_DAYS), count)
-    return [_FIRST_DAY + timedelta(days=day, minutes=rng.randrange(7 * 60, 21 * 60, 15)) for day in days]
+    counts = [source_count(settings, name) for name in domain.sources]
+    total = max(2, ceil(sum(counts) / settings.training.pack_examples))
+    days = rng.sample(range(_DAYS), total)
+    drawn = [_FIRST_DAY + timedelta(days=day, minutes=rng.randrange(7 * 60, 21 * 60, 15)) for day in days]
+    before = sum(counts[: domain.sources.index(source)]) % total
+    return drawn[before:] + drawn[:before]
 
 
 def source_count(settings: Settings, source: str) -> int:
@@ -45,13 +49,14 @@ def make_source(settings: Settings, domain: Domain, source: str, folder: Path) -
     Raises:
         PlatformError: an example does not hold; see :func:`~taskagent_platform.data.verify.verify`.
     """
-    used = {"seed": settings.seed, "count": source_count(settings, source), "moments": len(moments(settings))}
+    times = moments(settings, domain, source)
+    used = {"seed": settings.seed, "count": source_count(settings, source), "moments": list(map(str, times))}
     version = code_version(*_CODE)
     if found := find_artifact(folder, kind=source, inputs={}, settings=used, code_version=version):
         return found, True
     tools = domain.openai_tools()
     records: list[Record] = []
-    for number, example in enumerate(domain.generate(source, used["count"], settings.seed, moments(settings))):
+    for number, example in enumerate(domain.generate(source, source_count(settings, source), settings.seed, times)):
         record = {"messages": example.messages, "tools": tools, "meta": example.meta}
         verify(domain, record, f"{source}, example {number}")
         records.append(record)
