@@ -1,0 +1,398 @@
+"""The evaluation report: what was measured, of which model, and whether it passes the gates."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from taskagent_platform.domains.base import Message
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.latency import Latency
+from taskagent_platform.evaluation.scoring import Verdict
+from taskagent_platform.evaluation.statistics import wilson_interval
+from taskagent_platform.evaluation.suite import ListName
+from taskagent_platform.settings import GateSettings
+
+MetricName = Literal["tool_selection", "argument_extraction", "json_validity", "multi_tool", "abstention"]
+METRIC_TITLES: Mapping[MetricName, str] = {
+    "tool_selection": "Tool selection",
+    "argument_extraction": "Argument extraction",
+    "json_validity": "JSON validity",
+    "multi_tool": "Multi-tool completion",
+    "abstention": "Abstention",
+}
+METRIC_OF_LIST: Mapping[ListName, MetricName] = {
+    "tool_selection": "tool_selection",
+    "argument_extraction": "argument_extraction",
+    "multi_tool_chains": "multi_tool",
+    "abstention": "abstention",
+}
+LATENCY_GATE = "latency_p95_ms"
+REPORT_FILE = "report.json"
+TEXT_FILE = "report.txt"
+_SAMPLE_OF_FAILURES = 10
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Rate(_Model):
+    """A share with its 95 % Wilson interval; both None if nothing was counted."""
+
+    correct: int
+    total: int
+    rate: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, correct: int, total: int) -> "Rate":
+        """Builds it from counts."""
+        if total == 0:
+            return cls(correct=0, total=0, rate=None, low=None, high=None)
+        low, high = wilson_interval(correct, total)
+        return cls(correct=correct, total=total, rate=correct / total, low=low, high=high)
+
+
+class Metric(Rate):
+    """A rate that may have a target.
+
+    Attributes:
+        target: the rate must be greater than this; None for a metric that is only reported.
+        passed: None for a metric that is only reported.
+    """
+
+    name: MetricName
+    target: float | None = None
+    passed: bool | None = None
+
+
+class FaultRecord(_Model):
+    """One fault, as in :class:`~taskagent_platform.evaluation.scoring.Fault`."""
+
+    type: str
+    sentence: str
+    tool: str | None = None
+    argument: str | None = None
+
+
+class CaseRecord(_Model):
+    """How one case went.
+
+    Attributes:
+        expected: the calls of a right answer, as plain data.
+        got: the calls attempted, in all turns.
+        text: the model's last text.
+        messages: the conversation without its system message; kept for cases that did not pass.
+    """
+
+    id: str
+    list_name: ListName
+    category: str
+    input: str
+    now: str
+    verdict: Verdict
+    passed: bool
+    faults: tuple[FaultRecord, ...]
+    expected: tuple[dict[str, Any], ...]
+    got: tuple[dict[str, Any], ...]
+    text: str
+    attempted: int
+    valid: int
+    extra_reads: int
+    turns: int
+    messages: tuple[Message, ...] = ()
+
+
+class Hardware(_Model):
+    """What the model ran on, as far as this machine can tell."""
+
+    processor: str
+    cores: int
+    memory_gib: float
+    gpus: tuple[str, ...]
+    system: str
+
+
+class GateResult(_Model):
+    """Whether one gate lets a model through.
+
+    Attributes:
+        name: a metric's name, or ``latency_p95_ms``.
+        measured: the rate, or milliseconds; None if it was not measured.
+        target: the rate must be greater, the latency less.
+        reason: why it does not pass, by how much; empty if it does.
+    """
+
+    name: str
+    measured: float | None
+    target: float
+    passed: bool
+    reason: str
+
+
+class EvalReport(_Model):
+    """An evaluation of one model on one suite.
+
+    Attributes:
+        domain: whose suite it is.
+        model_name: the name that the endpoint served it under.
+        model_digest: digest of the model folder; None for an endpoint that is not ours.
+        endpoint: the address asked.
+        suite_digest: of all the suite's files together, with the case limit.
+        suite_files: sha256 of each file.
+        case_limit: cases of each list that were asked at most; None for the whole suite.
+        metrics: by name.
+        categories: rates of each list's categories.
+        latency: of single requests; None if it was not measured.
+        latency_budget_ms: what this hardware's profile allows.
+        latency_target_ms: the specification's target.
+        minefields: cases in which something was destroyed that nobody asked to destroy.
+        complete: the evaluation went to its end.
+        settings: sampling, concurrency, serving: what the figures depend on.
+    """
+
+    domain: str
+    model_name: str
+    model_digest: str | None
+    endpoint: str
+    suite_digest: str
+    suite_files: dict[str, str]
+    case_limit: int | None
+    metrics: dict[MetricName, Metric]
+    categories: dict[str, dict[str, Rate]]
+    verdicts: dict[str, dict[str, int]]
+    fault_types: dict[str, int]
+    minefields: int
+    extra_reads: int
+    latency: Latency | None
+    latency_budget_ms: float
+    latency_target_ms: float
+    cases: tuple[CaseRecord, ...]
+    settings: dict[str, Any]
+    hardware: Hardware
+    started: datetime
+    seconds: float
+    complete: bool
+
+    @property
+    def failures(self) -> tuple[CaseRecord, ...]:
+        """The cases that did not pass."""
+        return tuple(case for case in self.cases if not case.passed)
+
+    @property
+    def passed_by_case(self) -> dict[str, bool]:
+        """Whether each case passed, by id: what a paired comparison needs."""
+        return {case.id: case.passed for case in self.cases}
+
+
+def metrics_of(cases: Sequence[CaseRecord], gates: GateSettings) -> dict[MetricName, Metric]:
+    """Computes the metrics from the cases."""
+    counts: dict[MetricName, tuple[int, int]] = {}
+    for list_name, metric in METRIC_OF_LIST.items():
+        own = [case.passed for case in cases if case.list_name == list_name]
+        counts[metric] = sum(own), len(own)
+    counts["json_validity"] = sum(case.valid for case in cases), sum(case.attempted for case in cases)
+    metrics = {}
+    for name in METRIC_TITLES:
+        rate = Rate.of(*counts[name])
+        target = getattr(gates, name, None)
+        passed = None if target is None else rate.rate is not None and rate.rate > target
+        metrics[name] = Metric(**rate.model_dump(), name=name, target=target, passed=passed)
+    return metrics
+
+
+def categories_of(cases: Iterable[CaseRecord]) -> dict[str, dict[str, Rate]]:
+    """Computes the rate of every category of every list."""
+    passed: dict[str, dict[str, list[bool]]] = {}
+    for case in cases:
+        passed.setdefault(case.list_name, {}).setdefault(case.category or "-", []).append(case.passed)
+    return {
+        list_name: {category: Rate.of(sum(values), len(values)) for category, values in sorted(own.items())}
+        for list_name, own in passed.items()
+    }
+
+
+def gate_results(report: EvalReport, gates: GateSettings) -> list[GateResult]:
+    """Judges a report by the gates as they are set now; what was not measured does not pass."""
+    results = []
+    for name, metric in metrics_of(report.cases, gates).items():
+        if metric.target is None:
+            continue
+        title = METRIC_TITLES[name]
+        if metric.rate is None:
+            reason = f"{title} was not measured: there was nothing to count."
+        elif not metric.passed:
+            reason = f"{title} is {_percent(metric)} and must be greater than {metric.target:.1%}{_short_of(metric)}."
+        else:
+            reason = ""
+        results.append(
+            GateResult(name=name, measured=metric.rate, target=metric.target, passed=not reason, reason=reason)
+        )
+    budget = gates.latency_p95_ms
+    measured = None if report.latency is None else report.latency.p95_ms
+    if measured is None:
+        reason = "Latency was not measured."
+    elif measured >= budget:
+        reason = f"p95 latency is {measured:.0f} ms and must be less than {budget:.0f} ms."
+    else:
+        reason = ""
+    results.append(GateResult(name=LATENCY_GATE, measured=measured, target=budget, passed=not reason, reason=reason))
+    if not report.complete:
+        reason = "The evaluation did not go to its end."
+        results = [result.model_copy(update={"passed": False, "reason": reason}) for result in results]
+    return results
+
+
+def render_report(report: EvalReport, gates: GateSettings, *, base: EvalReport | None = None) -> str:
+    """Renders a report as the text that a console shows.
+
+    Args:
+        report: the report.
+        gates: what to judge it by.
+        base: the base model's report, to be shown beside it.
+    """
+    results = {result.name: result for result in gate_results(report, gates)}
+    lines = [f"EVALUATION REPORT  {report.domain}", f"model {_model_text(report)}", ""]
+    header = f"{'metric':<24}{'correct/n':>11}{'rate':>8}  {'95 % interval':<16}{'target':>9}  result"
+    lines += [header + ("    base model" if base else ""), "-" * (len(header) + (14 if base else 0))]
+    for name, metric in metrics_of(report.cases, gates).items():
+        result = results.get(name)
+        target = f"> {metric.target:.0%}" if metric.target is not None else "-"
+        verdict = "-" if result is None else "PASS" if result.passed else "FAIL"
+        interval = "" if metric.low is None else f"{metric.low:.1%} - {metric.high:.1%}"
+        counts = f"{metric.correct}/{metric.total}"
+        line = f"{METRIC_TITLES[name]:<24}{counts:>11}{_percent(metric):>8}  {interval:<16}{target:>9}  {verdict:<6}"
+        if base is not None:
+            other = base.metrics[name]
+            line += f"    {_percent(other)} of {other.total}"
+        lines.append(line.rstrip())
+    lines += ["", *_latency_lines(report, results[LATENCY_GATE]), ""]
+    passed = all(result.passed for result in results.values())
+    lines.append("OVERALL: " + ("PASS - Ready for deployment" if passed else "FAIL - Needs improvement"))
+    lines += [f"  {result.reason}" for result in results.values() if not result.passed]
+    if report.case_limit is not None:
+        lines.append(f"  Note: at most {report.case_limit} cases of each list were asked, not the whole suite.")
+    if report.minefields:
+        lines.append(
+            f"  Note: in {report.minefields} cases a tool that destroys was called and nobody had asked for it."
+        )
+    lines += ["", *_failure_lines(report.failures)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def save_report(report: EvalReport, folder: Path, gates: GateSettings, *, base: EvalReport | None = None) -> None:
+    """Writes a report into a folder, as JSON and as text."""
+    (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    (folder / TEXT_FILE).write_text(render_report(report, gates, base=base), encoding="utf-8")
+
+
+def load_report(folder: Path) -> EvalReport:
+    """Reads a report that :func:`save_report` wrote.
+
+    Raises:
+        PlatformError: there is none, or it is damaged.
+    """
+    path = folder / REPORT_FILE
+    try:
+        return EvalReport.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlatformError(f"There is no evaluation report {path}; evaluate the model first.") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise PlatformError(f"{path} is damaged: {error}. Evaluate the model again.") from error
+
+
+def this_hardware() -> Hardware:
+    """Describes this machine."""
+    gpus: tuple[str, ...] = ()
+    if program := shutil.which("nvidia-smi"):
+        query = [program, "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        gpus = tuple(found.stdout.strip().splitlines()) if found.returncode == 0 else ()
+    return Hardware(
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
+        gpus=gpus,
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _model_text(report: EvalReport) -> str:
+    digest = "unknown digest" if report.model_digest is None else report.model_digest[:12]
+    return f"{report.model_name} ({digest}), suite {report.suite_digest[:12]}, {len(report.cases)} cases"
+
+
+def _percent(rate: Rate) -> str:
+    return "-" if rate.rate is None else f"{rate.rate:.1%}"
+
+
+def _short_of(metric: Metric) -> str:
+    """Returns by how much a rate misses its target; one that equals it misses it, too."""
+    assert metric.rate is not None
+    assert metric.target is not None
+    gap = (metric.target - metric.rate) * 100
+    return f": {gap:.1f} points short" if gap >= 0.05 else ""
+
+
+def _latency_lines(report: EvalReport, result: GateResult) -> list[str]:
+    hardware = ", ".join(report.hardware.gpus) or f"{report.hardware.cores} cores of {report.hardware.processor}"
+    budget = f"budget of this profile {result.target:.0f} ms, specification's target {report.latency_target_ms:.0f} ms"
+    if report.latency is None:
+        return [f"latency: not measured; {budget}"]
+    latency = report.latency
+    first = "" if latency.first_token_p50_ms is None else f", first token p50 {latency.first_token_p50_ms:.0f} ms"
+    within = "met" if latency.p95_ms < report.latency_target_ms else "not met"
+    return [
+        f"latency of {latency.requests} single requests on {hardware}:",
+        f"  p50 {latency.p50_ms:.0f} ms, p95 {latency.p95_ms:.0f} ms, p99 {latency.p99_ms:.0f} ms{first}",
+        f"  {'PASS' if result.passed else 'FAIL'}: p95 against the {budget} ({within} on this hardware)",
+    ]
+
+
+def _failure_lines(failures: Sequence[CaseRecord]) -> list[str]:
+    if not failures:
+        return ["No case failed."]
+    types = Counter(fault.type for case in failures for fault in case.faults)
+    lines = [f"{len(failures)} cases failed ({', '.join(f'{name} {count}' for name, count in types.most_common())})."]
+    # A sample across the lists, not the first list's failures alone.
+    step = max(1, len(failures) // _SAMPLE_OF_FAILURES)
+    for case in failures[::step][:_SAMPLE_OF_FAILURES]:
+        lines += [
+            f"  [{case.id}] {case.input}",
+            f"    expected: {_calls_text(case.expected) or 'no call, a text'}",
+            f"    got:      {_calls_text(case.got) or _quoted(case.text)}",
+        ]
+        lines += [f"    {fault.type}: {fault.sentence}" for fault in case.faults[:3]]
+    return lines
+
+
+def _calls_text(calls: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for call in calls:
+        arguments = call.get("arguments", {})
+        inner = ", ".join(f"{k}={v!r}" for k, v in arguments.items()) if isinstance(arguments, dict) else arguments
+        parts.append(f"{call['tool'] or '?'}({inner})")
+    return "; ".join(parts)
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:199] + "…")
