@@ -1,14 +1,12 @@
 """What fills the slots of a request: values and the many ways people write them."""
 
 import random
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from functools import cache
 from pathlib import Path
 
-from taskagent_platform.domains.phrasing import Slot, read_values
+from taskagent_platform.domains.example_writer import Filled, values
+from taskagent_platform.domains.phrasing import Slot
 from taskagent_platform.domains.task_api.date_words import (
     DAYS_AHEAD,
     MONTHS,
@@ -30,20 +28,6 @@ _SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday"
 _SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
 _NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 10: "ten"}
 _PARTS_OF_DAY = {"morning": "09:00", "afternoon": "14:00", "evening": "18:00"}
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A filled slot: what the user writes, what it means, and (for spans and references) its parts."""
-
-    text: str
-    value: str
-    parts: dict[str, str] = field(default_factory=dict)
-
-
-@cache
-def _values(name: str) -> tuple[str, ...]:
-    return tuple(read_values(VALUES / f"{name}.txt"))
 
 
 def _ordinal(day: int) -> str:
@@ -93,7 +77,7 @@ class Wording:
 
     def _fresh(self, name: str) -> Filled:
         """Draws a value that this request does not hold yet."""
-        value = self.rng.choice([v for v in self.rng.sample(_values(name), 8) if v not in self._used])
+        value = self.rng.choice([v for v in self.rng.sample(values(VALUES / f"{name}.txt"), 8) if v not in self._used])
         self._used.add(value)
         return Filled(value, value)
 
@@ -325,21 +309,3 @@ class Wording:
     def _adjective(self) -> Filled:
         value = self.rng.choice(("high", "high", "medium", "low"))
         return Filled(self.rng.choice(_ADJECTIVES[value]), value)
-
-
-_LETTERS = re.compile(r"[a-z]{5,}")
-
-
-def misspell(text: str, rng: random.Random) -> str:
-    """Returns the text with one typing slip in a lower-case word of five or more letters, if it has one."""
-    words = list(_LETTERS.finditer(text))
-    if not words:
-        return text
-    word = rng.choice(words)
-    at = rng.randrange(word.start() + 1, word.end() - 1)
-    slip = rng.random()
-    if slip < 0.4:
-        return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
-    if slip < 0.7:
-        return text[:at] + text[at + 1 :]
-    return text[:at] + text[at] + text[at:]

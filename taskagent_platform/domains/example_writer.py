@@ -1,0 +1,335 @@
+"""Writes training examples: phrasings filled in, executed on the domain's backend and answered."""
+
+import json
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from taskagent_platform.domains.base import Backend, Example, Message, Tool, ToolError
+from taskagent_platform.domains.phrasing import (
+    CallTemplate,
+    Result,
+    Slot,
+    Template,
+    Text,
+    Turn,
+    read_templates,
+    read_values,
+)
+
+Done = tuple[str, dict[str, Any], dict[str, Any]]
+"""A call that was executed: tool, arguments, result."""
+_LETTERS = re.compile(r"[a-z]{5,}")
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A filled slot: what the user writes, what it means, and (for spans and references) its parts."""
+
+    text: str
+    value: str
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How one user types: applied to the words of the template, and its case to the values too."""
+
+    opener: str
+    closer: str
+    lower: bool
+    capital: bool
+    bare_end: bool
+    slip: bool
+    quote: str
+
+
+class ExampleWriter(ABC):
+    """Writes one example: fills the slots, sets up a backend that fits, executes and answers.
+
+    A domain subclasses it and says what fills a slot, what the backend holds and how a result is answered.
+
+    Attributes:
+        phrasings: the folder of the domain's phrasing files; their values (openers, closers and the domain's own)
+            are in its folder ``values``.
+        tools: the domain's tools.
+        mixes: for each source, how often each kind of example is drawn. A kind is a phrasing file; the file of a
+            tool is two kinds, its calls with one argument (or none), and with ``+`` those with more.
+        shares_answered: for each kind, how many examples go on from the last call to its result and the final
+            answer; ``single`` stands for every example of one turn and at most one call.
+        shares_missing: for each kind, how many examples name something that does not exist.
+        rng: the source of all choices.
+        now: when the conversation takes place.
+    """
+
+    phrasings: ClassVar[Path]
+    tools: ClassVar[tuple[Tool, ...]]
+    mixes: ClassVar[Mapping[str, Mapping[str, float]]]
+    shares_answered: ClassVar[Mapping[str, float]]
+    shares_missing: ClassVar[Mapping[str, float]] = {}
+
+    def __init__(self, rng: random.Random, now: datetime) -> None:
+        self.rng = rng
+        self.now = now
+        self.filled: dict[str, Filled] = {}
+        self.results: list[dict[str, Any]] = []
+        self._style = self._draw_style()
+
+    @classmethod
+    def generate(cls, source: str, count: int, seed: int, moments: Sequence[datetime]) -> Iterator[Example]:
+        """Yields ``count`` different examples of a source; the i-th takes place at ``moments[i % len(moments)]``.
+
+        Raises:
+            KeyError: there is no such source.
+        """
+        mix = cls.mixes[source]
+        chooser = random.Random(f"{seed}/{source}")
+        decks = {kind: cls._deck(kind, chooser) for kind in mix}
+        seen: set[str] = set()
+        made = 0
+        attempt = 0
+        while made < count:
+            kind = chooser.choices(tuple(mix), tuple(mix.values()))[0]
+            template = next(decks[kind])
+            attempt += 1
+            rng = random.Random(f"{seed}/{source}/{attempt}")
+            example = cls(rng, moments[made % len(moments)])._write(template, source, kind, seed)
+            key = "\n".join(message["content"] for message in example.messages if message["role"] == "user").casefold()
+            if key not in seen:
+                seen.add(key)
+                made += 1
+                yield example
+
+    @classmethod
+    def templates(cls, name: str) -> tuple[Template, ...]:
+        """Returns the templates of one phrasing file."""
+        return _templates(cls.phrasings / f"{name}.txt")
+
+    @classmethod
+    def values(cls, name: str) -> tuple[str, ...]:
+        """Returns the values of one file of the folder ``values``."""
+        return values(cls.phrasings / "values" / f"{name}.txt")
+
+    @classmethod
+    def _deck(cls, kind: str, rng: random.Random) -> Iterator[Template]:
+        """Deals the templates of a kind in random order, all of them before any comes again."""
+        name = kind.removesuffix("+")
+        found = [
+            template
+            for template in cls.templates(name)
+            if all(tool.name != name for tool in cls.tools) or _is_rich(template) == kind.endswith("+")
+        ]
+        while True:
+            yield from rng.sample(found, len(found))
+
+    @abstractmethod
+    def system_prompt(self) -> str:
+        """Returns the system message."""
+
+    @abstractmethod
+    def fill(self, slot: Slot) -> Filled:
+        """Draws a filling for a slot. Raises KeyError for a kind that nobody defined."""
+
+    @abstractmethod
+    def state(self, template: Template, *, complete: bool) -> dict[str, Any]:
+        """Returns the state of a backend before the conversation; the slots are filled.
+
+        Args:
+            template: what will be asked.
+            complete: all that the calls name exists; otherwise what they name first does not.
+        """
+
+    @abstractmethod
+    def backend(self, state: dict[str, Any]) -> Backend:
+        """Returns a backend in that state."""
+
+    @abstractmethod
+    def answer(self, done: Sequence[Done]) -> str:
+        """Returns the assistant's last words in a turn, after its calls."""
+
+    def prepare(self, template: Template, kind: str) -> Template:
+        """Returns the template that is written, before its slots are filled: the same, or one made from it."""
+        return template
+
+    def argument(self, name: str, meant: str) -> str:
+        """Returns an argument's value from what the template says of it."""
+        return meant
+
+    def arguments(self, call: CallTemplate) -> dict[str, Any]:
+        """Returns the call's arguments in the schema's order."""
+        written: dict[str, Any] = {}
+        for name, value in call.arguments.items():
+            if isinstance(value, Result):
+                written[name] = self.results[value.call - 1][value.field]
+            elif isinstance(value, list):
+                written[name] = [self.mean(item) for item in value]
+            else:
+                written[name] = self.argument(name, self.mean(value))
+        tool = next(tool for tool in self.tools if tool.name == call.tool)
+        return {name: written[name] for name in tool.arguments.model_fields if name in written}
+
+    def mean(self, value: Text) -> str:
+        """Returns what a text of the calls' side means: the values of its slots."""
+
+        def piece(part: str | Slot) -> str:
+            if isinstance(part, str):
+                return part
+            filled = self.filled[part.key]
+            return filled.parts[part.part] if part.part else filled.value
+
+        return "".join(map(piece, value))
+
+    def _write(self, template: Template, source: str, kind: str, seed: int) -> Example:
+        template = self.prepare(template, kind)
+        for turn in template.turns:
+            for slot in turn.request:
+                if isinstance(slot, Slot) and slot.key not in self.filled:
+                    self.filled[slot.key] = self._cased(self.fill(slot))
+        form = "single" if len(template.calls) <= 1 and len(template.turns) == 1 else kind
+        answered = self.rng.random() < self.shares_answered[form]
+        missing = form in self.shares_missing and self.rng.random() < self.shares_missing[form]
+        backend = self.backend(self.state(template, complete=not missing))
+        start = backend.snapshot()
+        messages: list[Message] = [{"role": "system", "content": self.system_prompt()}]
+        for number, turn in enumerate(template.turns):
+            last = number == len(template.turns) - 1
+            messages += self._turn(turn, backend, first=number == 0, answered=answered or not last)
+        meta = {
+            "source": source,
+            "pattern": kind,
+            "template": f"{template.file}:{template.line}",
+            "seed": seed,
+            "now": self.now.isoformat(timespec="minutes"),
+            "state": start,
+        }
+        return Example(messages, meta)
+
+    def _turn(self, turn: Turn, backend: Backend, *, first: bool, answered: bool) -> Iterator[Message]:
+        yield {"role": "user", "content": self._request(turn.request, dressed=first)}
+        if turn.answer is not None:
+            yield {"role": "assistant", "content": self._say(turn.answer)}
+            return
+        done: list[Done] = []
+        for number, step in enumerate(turn.steps):
+            calls = [(call.tool, self.arguments(call)) for call in step]
+            ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
+            yield {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": id_, "type": "function", "function": {"name": tool, "arguments": dump(arguments)}}
+                    for id_, (tool, arguments) in zip(ids, calls, strict=True)
+                ],
+            }
+            if not answered and number == len(turn.steps) - 1:
+                return
+            for id_, (tool, arguments) in zip(ids, calls, strict=True):
+                result = execute(backend, tool, arguments)
+                self.results.append(result)
+                done.append((tool, arguments, result))
+                yield {"role": "tool", "tool_call_id": id_, "content": dump(result)}
+            if any("error" in result for _, _, result in done):
+                break  # what was to follow needs what was not found
+        yield {"role": "assistant", "content": self.answer(done)}
+
+    def _say(self, value: Text) -> str:
+        """Returns what the assistant says: slots in the user's words."""
+        return "".join(part if isinstance(part, str) else self.filled[part.key].text for part in value)
+
+    def _draw_style(self) -> _Style:
+        rng = self.rng
+        return _Style(
+            opener=rng.choice(self.values("openers")) if rng.random() < 0.16 else "",
+            closer=rng.choice(self.values("closers")) if rng.random() < 0.12 else "",
+            lower=rng.random() < 0.16,
+            capital=rng.random() < 0.7,
+            bare_end=rng.random() < 0.35,
+            slip=rng.random() < 0.1,
+            quote=rng.choice(('"', '"', "'", "“")),
+        )
+
+    def _cased(self, filled: Filled) -> Filled:
+        if not self._style.lower:
+            return filled
+        # Values that are not the user's words (dates, priorities) have no capitals but the T of a moment.
+        copied = filled.value.casefold() in filled.text.casefold()
+        return Filled(filled.text.lower(), filled.value.lower() if copied else filled.value, filled.parts)
+
+    def _request(self, request: Text, *, dressed: bool) -> str:
+        style = self._style
+        slip_at = self.rng.randrange(len(request)) if style.slip else -1
+        pieces = []
+        for number, part in enumerate(request):
+            if isinstance(part, Slot):
+                pieces.append(self.filled[part.key].text)
+            else:
+                pieces.append(misspell(part, self.rng) if number == slip_at else part)
+        written = "".join(pieces).replace(".m..", ".m.")
+        if style.quote != '"':
+            closing = "”" if style.quote == "“" else style.quote
+            if style.quote == "“" or "'" not in written:
+                written = re.sub(r'"([^"]*)"', lambda match: style.quote + match[1] + closing, written)
+        if dressed and style.opener and written[:1] not in "\"'“#":
+            first_word = written.split(" ", 1)[0]
+            keep = first_word.startswith("I") and first_word in ("I", "I'm", "I'd", "I've", "I'll")
+            lowered = written if keep or not isinstance(request[0], str) else written[:1].lower() + written[1:]
+            written = style.opener + (lowered if not style.opener.rstrip().endswith((".", "!", "?")) else written)
+        elif style.capital and not style.lower and isinstance(request[0], str):
+            written = written[:1].upper() + written[1:]
+        if style.bare_end:
+            written = written.rstrip(".")
+        elif isinstance(request[-1], Slot) and written[-1:].isalnum() and self.rng.random() < 0.2:
+            written += "."
+        if dressed and style.closer:
+            ended = written[-1:] in "?!"
+            written = written.rstrip(".") + (" " + style.closer.lstrip(", ") if ended else style.closer)
+        return written.lower() if style.lower else written
+
+
+def execute(backend: Backend, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Executes a call and returns its result, an error included, as the model sees it."""
+    try:
+        return backend.execute(tool, arguments)
+    except ToolError as error:
+        return error.as_result()
+
+
+def dump(value: dict[str, Any]) -> str:
+    """Returns JSON as calls and results carry it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def misspell(text: str, rng: random.Random) -> str:
+    """Returns the text with one typing slip in a lower-case word of five or more letters, if it has one."""
+    words = list(_LETTERS.finditer(text))
+    if not words:
+        return text
+    word = rng.choice(words)
+    at = rng.randrange(word.start() + 1, word.end() - 1)
+    slip = rng.random()
+    if slip < 0.4:
+        return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
+    if slip < 0.7:
+        return text[:at] + text[at + 1 :]
+    return text[:at] + text[at] + text[at:]
+
+
+@cache
+def values(path: Path) -> tuple[str, ...]:
+    """Returns the values of a file, one a line."""
+    return tuple(read_values(path))
+
+
+@cache
+def _templates(path: Path) -> tuple[Template, ...]:
+    return tuple(read_templates(path))
+
+
+def _is_rich(template: Template) -> bool:
+    return len(template.calls[0].arguments) > 1
