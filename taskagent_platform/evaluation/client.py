@@ -3,19 +3,19 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-import openai
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from typing import TYPE_CHECKING, Any
 
 from taskagent_platform.domains.base import Backend, Domain, Message, ToolError
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.answer import Answer, Attempt, read_answer
 from taskagent_platform.evaluation.scoring import Conversation, Executed, Replay
 from taskagent_platform.evaluation.suite import Case
+
+if TYPE_CHECKING:  # the package takes a second to import; listing assets or printing help must not wait for it
+    from openai import AsyncOpenAI
 
 CaseProgress = Callable[[int, int], None]
 """Is told how many cases are done, and of how many."""
@@ -119,8 +119,10 @@ def replay_on(domain: Domain, case: Case) -> Replay:
 
 
 @asynccontextmanager
-async def open_client(endpoint: Endpoint) -> AsyncIterator[AsyncOpenAI]:
+async def open_client(endpoint: Endpoint) -> AsyncIterator["AsyncOpenAI"]:
     """Opens a client of an endpoint. The proxies of the environment are not asked for it."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
     http_client = DefaultAsyncHttpxClient(trust_env=False)
     async with AsyncOpenAI(
         base_url=endpoint.base_url, api_key=endpoint.api_key, http_client=http_client, timeout=_REQUEST_TIMEOUT_S
@@ -128,8 +130,41 @@ async def open_client(endpoint: Endpoint) -> AsyncIterator[AsyncOpenAI]:
         yield client
 
 
+class ContextExceededError(Exception):
+    """A conversation is longer than the server takes."""
+
+
+@contextmanager
+def clear_errors(endpoint: Endpoint) -> Iterator[None]:
+    """Turns the client's errors into sentences that name the endpoint.
+
+    Raises:
+        ContextExceededError: the conversation is longer than the server takes.
+        PlatformError: anything else that the client complains about.
+    """
+    url = endpoint.base_url
+    try:
+        yield
+    except openai.BadRequestError as error:
+        if "context length" in str(error).lower():
+            raise ContextExceededError from error
+        raise PlatformError(f"{url} refuses a request: {_reason(error)}") from error
+    except openai.NotFoundError as error:
+        raise PlatformError(f"{url} has no model {endpoint.model!r}: {_reason(error)}") from error
+    except openai.APIStatusError as error:
+        raise PlatformError(f"{url} answers with status {error.status_code}: {_reason(error)}") from error
+    except openai.APIConnectionError as error:
+        cause = error.__cause__ or error
+        raise PlatformError(f"{url} does not answer ({type(cause).__name__}: {cause}).") from error
+
+
+def _reason(error: openai.APIStatusError) -> str:
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return str(said or error.message)
+
+
 async def ask(
-    client: AsyncOpenAI, endpoint: Endpoint, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    client: "AsyncOpenAI", endpoint: Endpoint, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
 ) -> Message | None:
     """Asks for one answer.
 
@@ -140,27 +175,21 @@ async def ask(
     Raises:
         PlatformError: the endpoint does not answer or refuses the request.
     """
+    import openai
+
     body = request_body(endpoint.model, messages, tools, max_tokens=endpoint.max_tokens)
     try:
-        completion = await client.chat.completions.create(**body)
-    except openai.BadRequestError as error:
-        if "context length" in str(error).lower():
-            return None
-        raise PlatformError(f"{endpoint.base_url} refuses a request: {error.message}") from error
-    except openai.NotFoundError as error:
-        raise PlatformError(f"{endpoint.base_url} has no model {endpoint.model!r}: {error.message}") from error
-    except openai.APIConnectionError as error:
-        cause = error.__cause__ or error
-        raise PlatformError(f"{endpoint.base_url} does not answer ({type(cause).__name__}: {cause}).") from error
-    except openai.APIStatusError as error:
-        raise PlatformError(f"{endpoint.base_url} answers with status {error.status_code}: {error.message}") from error
+        with clear_errors(endpoint):
+            completion = await client.chat.completions.create(**body)
+    except ContextExceededError:
+        return None
     if not completion.choices:
         raise PlatformError(f"{endpoint.base_url} answers without a choice; is it an OpenAI-compatible server?")
     return _as_message(completion.choices[0].message)
 
 
 async def run_case(
-    client: AsyncOpenAI,
+    client: "AsyncOpenAI",
     endpoint: Endpoint,
     domain: Domain,
     tools: Sequence[Mapping[str, Any]],
@@ -208,7 +237,7 @@ async def run_case(
 
 
 async def run_cases(
-    client: AsyncOpenAI,
+    client: "AsyncOpenAI",
     endpoint: Endpoint,
     domain: Domain,
     cases: Sequence[Case],

@@ -2,14 +2,23 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from openai import AsyncOpenAI
 from pydantic import BaseModel, ConfigDict
 
 from taskagent_platform.domains.base import Domain
-from taskagent_platform.evaluation.client import CaseRun, Endpoint, opening_messages, request_body, run_case
+from taskagent_platform.evaluation.client import (
+    CaseRun,
+    Endpoint,
+    clear_errors,
+    opening_messages,
+    request_body,
+    run_case,
+)
 from taskagent_platform.evaluation.suite import Case, Suite
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 _FIRST_TOKEN_REQUESTS = 10
 
@@ -60,7 +69,7 @@ def split_cases(suite: Suite, requests: int) -> Split:
 
 
 async def time_cases(
-    client: AsyncOpenAI,
+    client: "AsyncOpenAI",
     endpoint: Endpoint,
     domain: Domain,
     split: Split,
@@ -78,10 +87,11 @@ async def time_cases(
     for case in split.first_token:
         body = request_body(endpoint.model, opening_messages(domain, case), tools, max_tokens=endpoint.max_tokens)
         begin = time.perf_counter()
-        async with await client.chat.completions.create(**body, stream=True) as stream:
-            async for _ in stream:
-                first_tokens.append((time.perf_counter() - begin) * 1000)
-                break
+        with clear_errors(endpoint):
+            async with await client.chat.completions.create(**body, stream=True) as stream:
+                async for _ in stream:
+                    first_tokens.append((time.perf_counter() - begin) * 1000)
+                    break
         runs.append(await run_case(client, endpoint, domain, tools, case, max_turns=1))
     times = []
     for number, case in enumerate(split.timed):

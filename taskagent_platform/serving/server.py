@@ -307,8 +307,14 @@ def free_port(host: str = LOOPBACK) -> int:
         return int(probe.getsockname()[1])
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises PlatformError if nothing can listen there, naming the process that does where that is known."""
+def check_port(host: str, port: int, variable: str = "TASKAGENT_SERVING__PORT") -> None:
+    """Raises PlatformError if nothing can listen there, naming the process that does where that is known.
+
+    Args:
+        host: the address.
+        port: the port.
+        variable: the setting that chooses another port.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -318,7 +324,7 @@ def check_port(host: str, port: int) -> None:
             reason = error.strerror or str(error)
     raise PlatformError(
         f"Nothing can listen on {host}:{port} ({reason}{_listener(port)}); end what uses it or choose another port "
-        "(TASKAGENT_SERVING__PORT)."
+        f"({variable})."
     )
 
 

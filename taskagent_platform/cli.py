@@ -1,0 +1,305 @@
+"""The command line: `taskagent`. Every command imports what it needs when it runs, so that help comes at once."""
+
+import json
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from taskagent_platform.errors import PlatformError
+
+if TYPE_CHECKING:
+    from taskagent_platform.domains.base import Domain
+    from taskagent_platform.settings import Settings
+
+app = typer.Typer(
+    help="Turns a description of some tools into a fine-tuned, evaluated, gated and served tool-calling model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+domain_app = typer.Typer(help="What models are taught.", no_args_is_help=True)
+audit_app = typer.Typer(help="The record of every tool call, deployment and override.", no_args_is_help=True)
+app.add_typer(domain_app, name="domain")
+app.add_typer(audit_app, name="audit")
+
+DomainOption = Annotated[str | None, typer.Option("--domain", help="The domain; the settings' own if not given.")]
+NowOption = Annotated[
+    str | None,
+    typer.Option("--now", help="The moment it takes place, YYYY-MM-DDTHH:MM; else the clock's."),
+]
+_DIGEST_SHOWN = 12
+
+
+def main() -> None:
+    """Runs the command line; a PlatformError becomes one sentence on standard error and exit status 1."""
+    try:
+        app()
+    except PlatformError as error:
+        sys.exit(f"taskagent: {error}")
+
+
+@app.command()
+def demo() -> None:
+    """Run the main job: train, merge, evaluate, gate and deploy; reuse what is up to date."""
+    from rich.console import Console
+
+    from taskagent_platform.demo import INTERRUPTED, run_demo
+
+    try:
+        code = run_demo(_settings(), Console())
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    raise typer.Exit(code)
+
+
+@app.command()
+def ask(
+    text: Annotated[str, typer.Argument(help="The request, in quotes.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Approve destructive calls without asking.")] = False,
+    now: NowOption = None,
+    endpoint: Annotated[str | None, typer.Option(help="Another endpoint than the platform's, with /v1.")] = None,
+    domain: DomainOption = None,
+) -> None:
+    """Ask the agent; destructive calls are shown and have to be approved."""
+    from taskagent_platform.agent.session import ask as ask_agent
+
+    settings = _settings()
+    moment = _moment(now) if now is not None else None
+    asked_of = _domain(settings, domain)
+    answer = ask_agent(settings, asked_of, text, yes=yes, now=moment, base_url=endpoint, echo=typer.echo)
+    if any(call.outcome == "refused" for call in answer.calls):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    endpoint: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible server, with /v1.")],
+    model: Annotated[str, typer.Option(help="The model name to ask for.")],
+    suite: Annotated[list[Path], typer.Option(help="A suite file; more may follow, or the option again.")],
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More suite files.")] = None,
+    domain: DomainOption = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here, as JSON.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit with status 1 unless every gate passes.")] = False,
+    api_key: Annotated[str, typer.Option(envvar="TASKAGENT_API_KEY", help="For servers that want one.")] = "none",
+) -> None:
+    """Measure any OpenAI-compatible server on suite files, with a domain's prompt and tools."""
+    from rich.console import Console
+
+    from taskagent_platform.evaluation.report import gate_results, render_report
+    from taskagent_platform.evaluation.run import evaluate as measure
+    from taskagent_platform.evaluation.suite import load_suite
+    from taskagent_platform.settings import load_settings
+
+    # A profile may ask only a part of the suites in its runs; here all of what was named is asked.
+    settings = load_settings(evaluation={"case_limit": None})
+    of_domain = _domain(settings, domain)
+    cases = load_suite([*suite, *(more or [])], of_domain)
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise PlatformError(f"{json_file} cannot be written: there is no folder {json_file.resolve().parent}.")
+    console = Console(stderr=True)
+    with console.status("asking") as status:
+        report = measure(
+            settings,
+            of_domain,
+            base_url=endpoint.rstrip("/"),
+            model_name=model,
+            model_digest=None,
+            suite=cases,
+            api_key=api_key,
+            on_progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
+        )
+    if json_file is not None:
+        json_file.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    typer.echo(render_report(report, settings.gates), nl=False)
+    if gate and not all(result.passed for result in gate_results(report, settings.gates)):
+        raise typer.Exit(1)
+
+
+@domain_app.command("list")
+def list_domains() -> None:
+    """List the installed domains."""
+    from taskagent_platform.domains.registry import domains
+
+    for name, domain in domains().items():
+        typer.echo(f"{name}: {', '.join(tool.name for tool in domain.tools)}")
+
+
+@domain_app.command("show")
+def show_domain(
+    name: Annotated[str, typer.Argument(help="The domain.")],
+    now: NowOption = None,
+) -> None:
+    """Print system message and tools as JSON, exactly as they are sent to the server."""
+    from taskagent_platform.domains.registry import find_domain
+
+    domain = find_domain(name)
+    moment = _moment(now) if now is not None else datetime.now()
+    shown = {"messages": list(domain.system_messages(moment)), "tools": domain.openai_tools()}
+    typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
+
+
+@app.command()
+def status() -> None:
+    """Show what is deployed and what runs; exit status 1 if the endpoint does not answer."""
+    from taskagent_platform.serving.deployments import status as platform_status
+
+    settings = _settings()
+    found = platform_status(settings)
+    gateway = "not running" if found.gateway is None else f"running (process {found.gateway.pid})"
+    typer.echo(f"profile   {settings.profile}, home {settings.home}")
+    typer.echo(f"endpoint  {found.endpoint}, gateway {gateway}")
+    healthy = found.gateway is not None
+    for of_domain in found.domains:
+        deployments = of_domain.deployments
+        if deployments is None:
+            typer.echo(f"{of_domain.domain}: nothing is deployed")
+        else:
+            active = deployments.active
+            state = "answers" if of_domain.active_is_healthy else "does not answer; `taskagent demo` starts it again"
+            typer.echo(
+                f"{of_domain.domain}: model {active.model_digest[:_DIGEST_SHOWN]} as {active.model_name!r}, deployed "
+                f"{active.deployed_at:%Y-%m-%d %H:%M} UTC by {active.deployed_by}: {state}"
+            )
+            if active.override_reason is not None:
+                typer.echo(f"  deployed past its gates: {active.override_reason}")
+            for gate in active.gates:
+                verdict = "PASS" if gate.passed else "FAIL"
+                typer.echo(f"  {verdict} {gate.name}: {_number(gate.measured)} (target {gate.target:g})")
+            healthy = healthy and of_domain.active_is_healthy
+            if deployments.previous is not None:
+                ready = "ready" if of_domain.previous_is_ready else "stopped, started by a rollback"
+                typer.echo(f"  before: model {deployments.previous.model_digest[:_DIGEST_SHOWN]}, {ready}")
+        for server in of_domain.others:
+            typer.echo(f"  being measured: model {server.model_digest[:_DIGEST_SHOWN]} at {server.base_url}")
+    if not any(of_domain.deployments for of_domain in found.domains) or not healthy:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop() -> None:
+    """Stop the model servers and the gateway that the platform started, and only those."""
+    from taskagent_platform.serving.deployments import stop_all
+
+    stopped = stop_all(_settings())
+    for text in stopped:
+        typer.echo(f"stopped {text}" if not text.startswith("not ") else f"could not stop {text.removeprefix('not ')}")
+    if not stopped:
+        typer.echo("Nothing was running.")
+    if any(text.startswith("not ") for text in stopped):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui() -> None:
+    """Open Dagster's page on the platform's instance; Materialize all there does what the demo does."""
+    from taskagent_platform.defs.instance import close_abandoned_runs, instance_environment, open_instance
+    from taskagent_platform.serving.server import LOOPBACK, check_port
+    from taskagent_platform.settings import PROJECT_ROOT
+
+    settings = _settings()
+    port = settings.ports.dagster
+    check_port(LOOPBACK, port, "TASKAGENT_PORTS__DAGSTER")
+    with open_instance(settings) as instance:
+        close_abandoned_runs(instance)
+    typer.echo(f"Dagster opens at http://{LOOPBACK}:{port} (Ctrl-C ends it).")
+    program = str(Path(sys.executable).with_name("dg"))
+    command = [program, "dev", "--host", LOOPBACK, "--port", str(port)]
+    if not (PROJECT_ROOT / "pyproject.toml").is_file():
+        # Installed as a package: there is no project to find the definitions in.
+        command += ["--module-name", "taskagent_platform.definitions"]
+    _replace_process(command, instance_environment(settings), PROJECT_ROOT)
+
+
+@app.command()
+def mlflow() -> None:
+    """Open MLflow's page on the platform's runs."""
+    from taskagent_platform.defs.tracking import server_environment, store_folder, store_uri
+    from taskagent_platform.serving.server import LOOPBACK, check_port
+
+    settings = _settings()
+    port = settings.ports.mlflow
+    check_port(LOOPBACK, port, "TASKAGENT_PORTS__MLFLOW")
+    folder = store_folder(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    typer.echo(f"MLflow opens at http://{LOOPBACK}:{port} (Ctrl-C ends it).")
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", store_uri(settings), "--default-artifact-root", (folder / "artifacts").as_uri(),
+    ]  # fmt: skip
+    _replace_process(command, server_environment(), folder)
+
+
+@app.command()
+def doctor() -> None:
+    """Look at Python, disk, memory, ports, GPU and packages: what is wrong, and what to do about it."""
+    from taskagent_platform.doctor import examine
+
+    checks = examine(_settings())
+    marks = {"ok": "ok      ", "warning": "WARNING ", "problem": "PROBLEM "}
+    for check in checks:
+        typer.echo(f"{marks[check.status]}{check.name}: {check.found}")
+        if check.remedy:
+            typer.echo(f"{' ' * 8}  what to do: {check.remedy}")
+    if any(check.status == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; it goes into the audit log.")],
+    domain: DomainOption = None,
+) -> None:
+    """Serve the model again that was deployed before the present one."""
+    from taskagent_platform.serving.deployments import rollback as roll_back
+
+    settings = _settings()
+    served = roll_back(settings, _domain(settings, domain), reason=reason, on_progress=typer.echo)
+    typer.echo(f"Model {served.model_digest[:_DIGEST_SHOWN]} of {served.domain} is served again.")
+
+
+@audit_app.command("verify")
+def verify_audit() -> None:
+    """Check that no line of the audit log was changed, removed or cut off."""
+    from taskagent_platform.audit import audit_log
+
+    log = audit_log(_settings())
+    typer.echo(f"{log.path}: {log.verify()} lines, unchanged.")
+
+
+def _settings() -> "Settings":
+    from taskagent_platform.settings import load_settings
+
+    return load_settings()
+
+
+def _domain(settings: "Settings", name: str | None) -> "Domain":
+    from taskagent_platform.domains.registry import find_domain
+
+    return find_domain(name or settings.domain)
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise PlatformError(f"--now takes a moment such as 2024-01-15T09:00, not {text!r}.") from None
+    return moment.replace(tzinfo=None)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"
+
+
+def _replace_process(command: list[str], environment: dict[str, str], folder: Path) -> None:
+    """Becomes the command, which then gets the terminal's signals itself."""
+    sys.stdout.flush()
+    os.chdir(folder)
+    os.execve(command[0], command, environment)
+
+
+if __name__ == "__main__":
+    main()

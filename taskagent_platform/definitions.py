@@ -1,0 +1,18 @@
+"""The one entry of Dagster: the asset graph of every registered domain, and what the graphs share."""
+
+import dagster as dg
+
+from taskagent_platform.defs.domain import domain_definitions
+from taskagent_platform.defs.platform import Platform
+from taskagent_platform.defs.tracking import Tracking
+from taskagent_platform.domains.registry import domains
+
+defs = dg.Definitions.merge(
+    dg.Definitions(
+        resources={"platform": Platform(), "tracking": Tracking()},
+        # The heavy work is done by processes that the assets start. Steps in the run's own process share them: the
+        # server that was evaluated belongs to the run until it is promoted, and the machine does one thing at a time.
+        executor=dg.in_process_executor,
+    ),
+    *(domain_definitions(domain) for domain in domains().values()),
+)

@@ -1,0 +1,340 @@
+"""The evaluation reports, of the base model and of the fine-tuned one, and the gates that block a deployment."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, get_args
+
+import dagster as dg
+
+from taskagent_platform.artifacts import Manifest, code_version, digest_of, find_artifact, new_artifact, read_manifest
+from taskagent_platform.defs.figures import table
+from taskagent_platform.defs.keys import AssetOptions, asset_key, asset_options
+from taskagent_platform.defs.platform import Platform, Stage
+from taskagent_platform.defs.tracking import TrackedRun, Tracking
+from taskagent_platform.domains.base import Domain
+from taskagent_platform.evaluation.report import (
+    LATENCY_GATE,
+    METRIC_TITLES,
+    REPORT_FILE,
+    TEXT_FILE,
+    EvalReport,
+    MetricName,
+    load_report,
+    render_report,
+    save_report,
+)
+from taskagent_platform.evaluation.run import evaluate
+from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, load_suite
+from taskagent_platform.serving.active import model_name
+from taskagent_platform.serving.deployments import find_server, make_room, server_files
+from taskagent_platform.serving.gates import REPORT_KIND, GateResult, Verdict, judge, report_code_version
+from taskagent_platform.serving.server import Server, start_server, stop_server
+from taskagent_platform.settings import GateSettings, Settings
+from taskagent_platform.training.base_model import KIND as BASE
+from taskagent_platform.training.fine_tune import KIND as ADAPTER
+from taskagent_platform.training.merge import KIND as MERGED
+
+BASE_KIND = "base_eval_report"
+GATES: tuple[str, ...] = (*(name for name in get_args(MetricName) if name in GateSettings.model_fields), LATENCY_GATE)
+_FAILURES_SHOWN = 12
+_SERVING = ("dtype", "speculation", "enforce_eager", "max_tokens", "max_model_len", "max_num_seqs")
+
+
+def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
+    """Builds the asset: the base model on a sample of the same suites, for comparison."""
+    options = AssetOptions(
+        name=BASE_KIND,
+        deps=(BASE,),
+        kinds={"vllm"},
+        description="The base model, served and measured as the fine-tuned one is, on the stated sample of the same "
+        "suites. Remembered by the digests of model and suites: it does not change.",
+        code=("evaluation",),
+    )
+
+    @dg.asset(**asset_options(domain, options))
+    def report(
+        context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
+    ) -> "dg.MaterializeResult[None]":
+        with platform.stage(context, domain) as stage:
+            model = stage.upstream(BASE)
+            limits = (stage.settings.evaluation.base_sample, stage.settings.evaluation.case_limit)
+            suite = load_suite(domain.suites, domain).limited(min((n for n in limits if n), default=None))
+            # What the answers depend on; the generators of training data are not among it.
+            prompt = digest_of([domain.system_prompt(datetime.fromisoformat(DEFAULT_NOW)), domain.openai_tools()])
+            made_from: dict[str, Any] = {
+                "kind": BASE_KIND,
+                "inputs": {
+                    BASE: model.digest,
+                    "suite": suite.digest,
+                    "prompt": digest_of([prompt, domain.openai_tools()]),
+                },
+                "settings": _measured_with(stage.settings),
+                "code_version": code_version("evaluation", "serving/server.py"),
+            }
+            found = find_artifact(stage.folder(), **made_from)
+            if found is None:
+                with _server(stage, BASE, model) as server:
+                    measured = _measure(stage, server, suite, measure_latency=False)
+                with new_artifact(stage.folder(), **made_from) as scratch:
+                    save_report(measured, scratch, stage.settings.gates)
+            measured = load_report(stage.folder())
+            run = tracking.run_of_model(stage.settings, domain.name, model.digest, "base model")
+            _track(run, stage, measured)
+            return stage.result(
+                found or read_manifest(stage.folder()),
+                reused=found is not None,
+                mlflow=dg.MetadataValue.url(run.url),
+                cases_of_each_list=suite.case_limit or "all",
+                report=_rates_table(measured, None),
+            )
+
+    return report
+
+
+def eval_report(domain: Domain) -> dg.AssetsDefinition:
+    """Builds the asset: the merged model, served as it will be, on the whole suites."""
+    options = AssetOptions(
+        name=REPORT_KIND,
+        deps=(MERGED, BASE_KIND),
+        kinds={"vllm", "mlflow"},
+        description="The merged model, served by vLLM with the parser, template and request body that the agent uses, "
+        "measured on the domain's suites. A candidate that passes keeps running until it is promoted or the run ends; "
+        "one that does not is stopped. The checks are the gates: they block the deployment.",
+        code=("evaluation", "serving/server.py"),
+    )
+
+    @dg.asset(**asset_options(domain, options))
+    def report(
+        context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
+    ) -> "dg.MaterializeResult[None]":
+        with platform.stage(context, domain) as stage:
+            model = stage.upstream(MERGED)
+            suite = load_suite(domain.suites, domain).limited(stage.settings.evaluation.case_limit)
+            made_from: dict[str, Any] = {
+                "kind": REPORT_KIND,
+                "inputs": {MERGED: model.digest, "suite": suite.digest},
+                "settings": _measured_with(stage.settings),
+                "code_version": report_code_version(domain),
+            }
+            base = load_report(stage.folder(BASE_KIND))
+            found = find_artifact(stage.folder(), **made_from)
+            if found is None:
+                verdict = _evaluate_candidate(stage, model, suite, made_from, base)
+            else:
+                verdict = judge(stage.settings, domain, model, stage.folder())
+            measured = load_report(stage.folder())
+            stage.say("\n" + render_report(measured, stage.settings.gates, base=base))
+            run = tracking.run_of_model(stage.settings, domain.name, model.inputs[ADAPTER], "fine-tuning")
+            _track(run, stage, measured)
+            return stage.result(
+                found or read_manifest(stage.folder()),
+                reused=found is not None,
+                verdict="may be deployed" if not verdict.refusals else "\n".join(verdict.refusals),
+                model_digest=model.digest,
+                mlflow=dg.MetadataValue.url(run.url),
+                report=_rates_table(measured, base),
+                gates=_gates_table(verdict.gates, measured),
+                failures=_failures_table(measured),
+                text=dg.MetadataValue.path(stage.folder() / TEXT_FILE),
+            )
+
+    return report
+
+
+def gate_checks(domain: Domain) -> dg.AssetChecksDefinition:
+    """Builds the gates: a blocking check each, judged anew from the report of exactly this model."""
+    key = asset_key(domain, REPORT_KIND)
+    specs = [dg.AssetCheckSpec(name, asset=key, description=_gate_description(name), blocking=True) for name in GATES]
+
+    @dg.multi_asset_check(specs=specs, name=f"{domain.name}__eval_report_checks", can_subset=True)
+    def checks(context: dg.AssetCheckExecutionContext, platform: Platform) -> Iterator[dg.AssetCheckResult]:
+        settings = platform.settings()
+        model = platform.finished(settings, domain, MERGED)
+        verdict = judge(settings, domain, model, settings.folder(domain.name) / REPORT_KIND)
+        gates = {gate.name: gate for gate in verdict.gates}
+        # Refusals that are no gate's own (a stale report, another model's) fail every gate: none was measured.
+        own = {gate.reason for gate in verdict.gates}
+        faults = [refusal for refusal in verdict.refusals if refusal not in own]
+        for selected in sorted(context.selected_asset_check_keys, key=lambda check: GATES.index(check.name)):
+            gate = gates.get(selected.name)
+            yield dg.AssetCheckResult(
+                check_name=selected.name,
+                asset_key=key,
+                passed=gate is not None and gate.passed and not faults,
+                severity=dg.AssetCheckSeverity.ERROR,
+                description=" ".join(faults) or (gate.reason or _passes(gate) if gate else "It was not measured."),
+                metadata=_gate_metadata(gate) if gate else {},
+            )
+
+    return checks
+
+
+def _evaluate_candidate(
+    stage: Stage, model: Manifest, suite: Suite, made_from: dict[str, Any], base: EvalReport
+) -> Verdict:
+    """Serves and measures the candidate; leaves its server running only if it may be deployed."""
+    with _server(stage, MERGED, model, keep=lambda: not verdict.refusals) as server:
+        measured = _measure(stage, server, suite, measure_latency=True)
+        with new_artifact(stage.folder(), **made_from) as scratch:
+            save_report(measured, scratch, stage.settings.gates, base=base)
+        verdict = judge(stage.settings, stage.domain, model, stage.folder())
+    return verdict
+
+
+@contextmanager
+def _server(stage: Stage, name: str, model: Manifest, keep: Callable[[], bool] = lambda: False) -> Iterator[Server]:
+    """Yields a server of one of the domain's models: the one that runs already, or one started for the block.
+
+    Args:
+        stage: the asset that measures.
+        name: the model's asset.
+        model: its manifest.
+        keep: asked when the block has succeeded: whether a server that was started here goes on, owned by this
+            process, until it is promoted or the process ends.
+    """
+    settings, domain = stage.settings, stage.domain.name
+    running = find_server(settings, domain, model.digest)
+    if running is not None:
+        stage.say(f"The server of this model runs already at {running.base_url}.")
+        yield running
+        return
+    make_room(settings, domain)
+    files = server_files(settings, domain, model.digest)
+    server = start_server(
+        settings,
+        stage.folder(name),
+        name=model_name(settings, domain),
+        log_file=files.log_file,
+        record_file=files.record_file,
+        on_progress=stage.say,
+    )
+    stage.say(f"The model server answers at {server.base_url} after {server.cold_start_s:.0f} s.")
+    kept = False
+    try:
+        yield server
+        kept = keep()
+    finally:
+        if not kept:
+            stop_server(server)
+
+
+def _measure(stage: Stage, server: Server, suite: Suite, *, measure_latency: bool) -> EvalReport:
+    begin = time.monotonic()
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        left = (time.monotonic() - begin) / done * (total - done) if done and what == "cases" else None
+        figures = {"what": what, "cases_done": done, "cases": total, "eta_s": left}
+        stage.observe(figures, now=done == total)
+
+    return evaluate(
+        stage.settings,
+        stage.domain,
+        base_url=server.base_url,
+        model_name=server.name,
+        model_digest=server.model_digest,
+        suite=suite,
+        measure_latency=measure_latency,
+        on_progress=on_progress,
+    )
+
+
+def _measured_with(settings: Settings) -> dict[str, Any]:
+    """Returns the settings that a report depends on; the gates are not among them, they are applied to it."""
+    serving = {name: getattr(settings.serving, name) for name in _SERVING}
+    return {"profile": settings.profile, **settings.evaluation.model_dump(mode="json"), **serving}
+
+
+def _track(run: TrackedRun, stage: Stage, report: EvalReport) -> None:
+    figures: dict[str, float] = {}
+    for name, metric in report.metrics.items():
+        if metric.rate is not None:
+            figures |= {f"eval.{name}": metric.rate, f"eval.{name}.n": metric.total}
+    if report.latency is not None:
+        latency = report.latency
+        figures |= {"eval.p50_ms": latency.p50_ms, "eval.p95_ms": latency.p95_ms, "eval.p99_ms": latency.p99_ms}
+    run.log(figures)
+    for file in (REPORT_FILE, TEXT_FILE):
+        run.keep_file(stage.folder() / file)
+
+
+def _rates_table(report: EvalReport, base: EvalReport | None) -> dg.MarkdownMetadataValue:
+    header = ["metric", "correct/n", "rate", "95 % interval", "target", "result"]
+    rows = []
+    for name, metric in report.metrics.items():
+        target = "-" if metric.target is None else f"> {metric.target:.0%}"
+        result = "-" if metric.passed is None else "PASS" if metric.passed else "FAIL"
+        row = [METRIC_TITLES[name], f"{metric.correct}/{metric.total}", _percent(metric.rate), _interval(metric)]
+        rows.append([*row, target, result, *([_base_rate(base, name)] if base else [])])
+    return table([*header, "base model"] if base else header, rows)
+
+
+def _base_rate(base: EvalReport, name: MetricName) -> str:
+    metric = base.metrics[name]
+    return f"{_percent(metric.rate)} of {metric.total}"
+
+
+def _gates_table(gates: tuple[GateResult, ...], report: EvalReport) -> dg.MarkdownMetadataValue:
+    rows = []
+    for gate in gates:
+        is_latency = gate.name == LATENCY_GATE
+        note = f"the specification's target is {report.latency_target_ms:.0f} ms" if is_latency else ""
+        result = "PASS" if gate.passed else "FAIL"
+        rows.append([gate.name, _measured(gate), _target(gate), gate.n, result, gate.reason or note])
+    return table(["gate", "measured", "target", "n", "result", "note"], rows)
+
+
+def _failures_table(report: EvalReport) -> dg.MarkdownMetadataValue:
+    rows = []
+    step = max(1, len(report.failures) // _FAILURES_SHOWN)
+    for case in report.failures[::step][:_FAILURES_SHOWN]:
+        sentences = " ".join(fault.sentence for fault in case.faults[:2])
+        rows.append([case.id, case.input, list(case.expected) or "no call", list(case.got) or case.text, sentences])
+    return table(["case", "input", "expected", "got", "what is wrong"], rows)
+
+
+def _gate_description(name: str) -> str:
+    if name == LATENCY_GATE:
+        return "p95 latency of single requests stays under the budget of the profile's hardware."
+    return f"{METRIC_TITLES[name]} exceeds its target."  # type: ignore[index]
+
+
+def _gate_metadata(gate: GateResult) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"measured": _measured(gate), "target": _target(gate), "n": gate.n}
+    if gate.measured is not None:
+        metadata["margin"] = _margin(gate)
+        metadata["value"] = gate.measured
+    if gate.interval is not None:
+        low, high = gate.interval
+        metadata["interval_95"] = f"{low:.1%} to {high:.1%}"
+    return metadata
+
+
+def _passes(gate: GateResult) -> str:
+    return f"{_measured(gate)} of {gate.n}, {_target(gate)} is wanted."
+
+
+def _measured(gate: GateResult) -> str:
+    if gate.measured is None:
+        return "not measured"
+    return f"{gate.measured:.0f} ms" if gate.name == LATENCY_GATE else f"{gate.measured:.1%}"
+
+
+def _target(gate: GateResult) -> str:
+    return f"< {gate.target:.0f} ms" if gate.name == LATENCY_GATE else f"> {gate.target:.1%}"
+
+
+def _margin(gate: GateResult) -> str:
+    assert gate.measured is not None
+    if gate.name == LATENCY_GATE:
+        return f"{gate.target - gate.measured:+.0f} ms"
+    return f"{(gate.measured - gate.target) * 100:+.1f} points"
+
+
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.1%}"
+
+
+def _interval(metric: Any) -> str:
+    return "-" if metric.low is None else f"{metric.low:.1%} to {metric.high:.1%}"

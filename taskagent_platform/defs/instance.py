@@ -1,0 +1,86 @@
+"""The Dagster instance of the platform: one, under the home folder, for the command line and the web page alike."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from taskagent_platform.settings import Settings
+
+if TYPE_CHECKING:  # printing the command line's help must not wait for Dagster
+    from dagster import DagsterInstance
+
+_CONFIGURATION = """\
+# Written by taskagent, which leaves it alone from now on.
+storage:
+  sqlite:
+    base_dir:
+      env: DAGSTER_HOME
+compute_logs:
+  module: dagster._core.storage.local_compute_log_manager
+  class: LocalComputeLogManager
+  config:
+    base_dir:
+      env: DAGSTER_HOME
+telemetry:
+  enabled: false
+nux:
+  enabled: false
+"""
+_MARK = re.compile(r"(\d+)@(\d+\.\d+)")
+_CREATE_TIME_TOLERANCE_S = 1.0
+
+
+def prepare_instance(settings: Settings) -> Path:
+    """Returns the instance's folder, made and configured if it is new."""
+    folder = settings.home / "dagster"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "dagster.yaml"
+    if not file.exists():
+        scratch = file.with_name(f".dagster.yaml.{os.getpid()}.partial")
+        scratch.write_text(_CONFIGURATION)
+        scratch.replace(file)
+    return folder
+
+
+def instance_environment(settings: Settings) -> dict[str, str]:
+    """Returns the environment of a process that works on the instance."""
+    return {**os.environ, "DAGSTER_HOME": str(prepare_instance(settings)), "TASKAGENT_HOME": str(settings.home)}
+
+
+def open_instance(settings: Settings) -> "DagsterInstance":
+    """Opens the instance in this process."""
+    from dagster import DagsterInstance
+
+    os.environ["DAGSTER_HOME"] = str(prepare_instance(settings))
+    return DagsterInstance.get()
+
+
+def close_abandoned_runs(instance: "DagsterInstance") -> list[str]:
+    """Marks runs as failed that still count as running but whose process is gone; returns their ids."""
+    from dagster import DagsterRunStatus, RunsFilter
+
+    from taskagent_platform.defs.platform import PROCESS_TAG
+
+    going = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
+    closed = []
+    for run in instance.get_runs(filters=RunsFilter(statuses=going)):
+        mark = run.tags.get(PROCESS_TAG)
+        if mark is not None and not _is_alive(mark):
+            instance.report_run_failed(run, "The process of this run ended without finishing it.")
+            closed.append(run.run_id)
+    return closed
+
+
+def _is_alive(mark: str) -> bool:
+    match = _MARK.fullmatch(mark)
+    if match is None:
+        return False
+    try:
+        process = psutil.Process(int(match[1]))
+        same = abs(process.create_time() - float(match[2])) <= _CREATE_TIME_TOLERANCE_S
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,48 @@
+"""Names in the asset graph: every domain has the same stages, under its own prefix."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import dagster as dg
+
+from taskagent_platform.artifacts import code_version
+from taskagent_platform.domains.base import Domain
+
+OWNER = "team:tool-calling"
+
+
+def asset_key(domain: Domain, name: str) -> dg.AssetKey:
+    """Returns the key of a domain's asset, for example ``task_api/eval_report``."""
+    return dg.AssetKey([domain.name, name])
+
+
+class AssetOptions(NamedTuple):
+    """What every asset of a domain declares.
+
+    Attributes:
+        name: the stage, which is also the name of its folder.
+        deps: stages that it is made from.
+        kinds: what it is made with; at most three, shown as icons.
+        description: Markdown, shown in the catalogue.
+        code: the sub-packages that decide what it is, for Dagster's staleness marks.
+    """
+
+    name: str
+    deps: Iterable[str]
+    kinds: set[str]
+    description: str
+    code: tuple[str, ...]
+
+
+def asset_options(domain: Domain, options: AssetOptions) -> dict[str, Any]:
+    """Returns the arguments of ``dg.asset`` for one of a domain's stages."""
+    return {
+        "key": asset_key(domain, options.name),
+        "deps": [asset_key(domain, dep) for dep in options.deps],
+        "group_name": domain.name,
+        "kinds": options.kinds,
+        "owners": [OWNER],
+        "tags": {"domain": domain.name},
+        "description": options.description,
+        "code_version": code_version(*options.code)[:16],
+    }

@@ -1,0 +1,164 @@
+"""What every asset works with: the settings of its run, the folders of its domain, and a way to tell how it goes."""
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from taskagent_platform.artifacts import Manifest, code_version, digest_of, read_manifest
+from taskagent_platform.domains.base import Domain
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.settings import Settings, load_settings
+
+PROCESS_TAG = "taskagent/process"
+"""A run's tag with pid and creation time of the process that executes it; tells an abandoned run from a live one."""
+FINGERPRINT_TAG = "taskagent/fingerprint"
+"""A run's tag with the digest of all that decides its outcome."""
+_OBSERVE_EVERY_S = 2.0
+
+
+@dataclass
+class Stage:
+    """One asset of a domain while it is being made.
+
+    Attributes:
+        context: Dagster's.
+        settings: of this run.
+        domain: whose asset.
+        name: the asset's name, and its folder's.
+    """
+
+    context: dg.AssetExecutionContext
+    settings: Settings
+    domain: Domain
+    name: str
+    _begin: float = field(default_factory=time.monotonic)
+    _observed: float = 0.0
+
+    def folder(self, name: str | None = None) -> Path:
+        """Returns the folder of this asset, or of another one of the domain."""
+        return self.settings.folder(self.domain.name) / (name or self.name)
+
+    def upstream(self, name: str) -> Manifest:
+        """Returns the manifest of an asset that this one is made from. Raises PlatformError if it is not finished."""
+        return read_manifest(self.folder(name), kind=name)
+
+    def say(self, text: str) -> None:
+        """Logs a line of progress."""
+        self.context.log.info(text)
+
+    def observe(self, figures: Mapping[str, Any], *, now: bool = False) -> None:
+        """Stores figures of the running step where the asset's page shows them, every two seconds at most.
+
+        Args:
+            figures: scalars by name; None values are left out.
+            now: store them however recent the last ones are.
+        """
+        if not now and time.monotonic() - self._observed < _OBSERVE_EVERY_S:
+            return
+        self._observed = time.monotonic()
+        known = {name: value for name, value in figures.items() if value is not None}
+        self.context.log_event(dg.AssetObservation(asset_key=self.context.asset_key, metadata=known))
+
+    def result(self, manifest: Manifest, *, reused: bool, **metadata: Any) -> "dg.MaterializeResult[None]":
+        """Returns the asset's materialization: path, digest, duration, and what else a person wants to see."""
+        if reused:
+            self.say(f"{self.name} is up to date: inputs, settings and code are unchanged. Reused.")
+        return dg.MaterializeResult(
+            metadata={
+                "path": dg.MetadataValue.path(self.folder()),
+                "digest": manifest.digest,
+                "reused": reused,
+                "profile": self.settings.profile,
+                "seconds": round(time.monotonic() - self._begin, 1),
+                **{name: value for name, value in metadata.items() if value is not None},
+            },
+            data_version=dg.DataVersion(manifest.digest),
+        )
+
+
+class Platform(dg.ConfigurableResource):
+    """The platform's settings, and one writer at a time in a domain's folder."""
+
+    overrides: dict[str, Any] = Field(
+        default={},
+        description="settings of this run, nested by section (`training: {epochs: 2}`); they win over settings.yaml, "
+        "TASKAGENT_… variables win over them",
+    )
+
+    def settings(self) -> Settings:
+        """Returns the settings of this run. Raises PlatformError for a wrong value."""
+        return load_settings(**self.overrides)
+
+    def finished(self, settings: Settings, domain: Domain, name: str) -> Manifest:
+        """Returns the manifest of a domain's artifact, for a check. Raises ``dg.Failure`` if it is not finished."""
+        try:
+            return read_manifest(settings.folder(domain.name) / name, kind=name)
+        except PlatformError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from error
+
+    @contextmanager
+    def stage(self, context: dg.AssetExecutionContext, domain: Domain) -> Iterator[Stage]:
+        """Yields the stage that makes this asset, once no other run writes to the domain's folder.
+
+        A PlatformError ends the step with its sentence; trying again by itself would not help.
+        """
+        name = context.asset_key.path[-1]
+        try:
+            settings = self.settings()
+            stage = Stage(context, settings, domain, name)
+            _tag_run(context, settings)
+            with _only_writer(stage):
+                _remove_leftovers(stage.folder())
+                yield stage
+        except PlatformError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from error
+
+
+def fingerprint(settings: Settings) -> str:
+    """Returns the digest of what decides a run's outcome: code (data generators and suites too) and settings."""
+    chosen = settings.model_dump(mode="json", exclude={"home", "ports", "domain"})
+    return digest_of({"code": code_version(), "settings": chosen})
+
+
+def process_mark(process: psutil.Process) -> str:
+    """Returns what names one process for good: its pid and when it was created."""
+    return f"{process.pid}@{process.create_time():.2f}"
+
+
+def _tag_run(context: dg.AssetExecutionContext, settings: Settings) -> None:
+    tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: fingerprint(settings)}
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is not None and not tags.items() <= run.tags.items():
+        context.instance.add_run_tags(context.run_id, tags)
+
+
+@contextmanager
+def _only_writer(stage: Stage) -> Iterator[None]:
+    path = stage.folder().with_name(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        stage.say(f"Another run is working on {stage.domain.name}; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run left beside an artifact; called while nobody else writes it."""
+    for pattern in (f".{folder.name}.*.partial", f".{folder.name}.*.old"):
+        for leftover in folder.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)

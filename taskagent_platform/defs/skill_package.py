@@ -1,0 +1,33 @@
+"""The skill package: what another team needs to serve and call the deployed model."""
+
+import dagster as dg
+
+from taskagent_platform.defs.keys import AssetOptions, asset_options
+from taskagent_platform.defs.platform import Platform
+from taskagent_platform.domains.base import Domain
+from taskagent_platform.serving.gates import REPORT_KIND
+from taskagent_platform.serving.skill_package import KIND, make_skill_package
+from taskagent_platform.training.merge import KIND as MERGED
+
+
+def skill_package(domain: Domain) -> dg.AssetsDefinition:
+    """Builds the asset."""
+    options = AssetOptions(
+        name=KIND,
+        deps=(MERGED, REPORT_KIND, "vllm_endpoint"),
+        kinds={"yaml", "docker"},
+        description="The model as a skill: YAML with tools and this model's metrics, chat template, tools as JSON, "
+        "model card, and a compose service for vLLM.",
+        code=("serving", "domains"),
+    )
+
+    @dg.asset(**asset_options(domain, options))
+    def package(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
+        with platform.stage(context, domain) as stage:
+            manifest, reused = make_skill_package(
+                stage.settings, domain, stage.folder(MERGED), stage.folder(REPORT_KIND), stage.folder()
+            )
+            skill = (stage.folder() / "skill.yaml").read_text()
+            return stage.result(manifest, reused=reused, skill=dg.MetadataValue.md(f"```yaml\n{skill}\n```"))
+
+    return package
