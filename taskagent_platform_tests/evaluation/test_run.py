@@ -1,0 +1,219 @@
+"""An evaluation from suite to report, against a server that answers as a test says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.client import request_body
+from taskagent_platform.evaluation.report import EvalReport, gate_results, load_report, render_report, save_report
+from taskagent_platform.evaluation.run import evaluate
+from taskagent_platform.evaluation.suite import Suite, load_suite
+from taskagent_platform.settings import Settings, load_settings
+from taskagent_platform_tests.evaluation.light_server import LightServer
+from taskagent_platform_tests.light_domain import LIGHTS
+from taskagent_platform_tests.serving.fake_server import serve
+
+LAMP_CHAIN = {
+    "input": "add a lamp in the hall and time it for 8",
+    "expected_chain": ["add_lamp", "add_timer"],
+    "expected_args": [{"room": "hall"}, {"at": "8"}],
+    "dependency": {"add_timer": {"lamp_id": "from:add_lamp"}},
+}
+SUITE = {
+    "tool_selection": [{"input": f"show {n}", "expected_tool": "list_lights", "category": "query"} for n in range(6)]
+    + [{"input": f"lamp {n}", "expected_tool": "add_lamp", "category": "change"} for n in range(4)],
+    "argument_extraction": [
+        {"input": f"lamp in room {n}", "expected_tool": "add_lamp", "expected_args": {"room": f"room {n}"}}
+        for n in range(4)
+    ],
+    "multi_tool_chains": [LAMP_CHAIN],
+    "abstention": [{"input": "hi", "category": "small_talk"}, {"input": "thanks", "category": "small_talk"}],
+}
+RIGHT: dict[str, Any] = {
+    **{f"show {n}": [[("list_lights", {})]] for n in range(6)},
+    **{f"lamp {n}": [[("add_lamp", {"room": "x"})]] for n in range(4)},
+    **{f"lamp in room {n}": [[("add_lamp", {"room": f"room {n}"})]] for n in range(4)},
+    str(LAMP_CHAIN["input"]): [
+        [("add_lamp", {"room": "hall"})],
+        [("add_timer", {"lamp_id": "lamp_2", "at": "8"})],
+        "Your lamp in the hall is timed for 8.",
+    ],
+}
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    limits = {"case_limit": None, "max_turns": 4, "latency_requests": 4, "latency_warmup": 2, "concurrency": 3}
+    return load_settings(profile="smoke", evaluation=limits)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    path = tmp_path / "suite.json"
+    path.write_text(json.dumps(SUITE))
+    return load_suite([path], LIGHTS)
+
+
+def measure(settings: Settings, suite: Suite, server: LightServer, **options: Any) -> EvalReport:
+    with serve(server.app) as url:
+        return evaluate(
+            settings, LIGHTS, base_url=f"{url}/v1", model_name="lights", model_digest="d" * 64, suite=suite, **options
+        )
+
+
+def test_a_perfect_model_passes_every_gate(settings: Settings, suite: Suite) -> None:
+    report = measure(settings, suite, LightServer(RIGHT))
+    assert {name: (metric.correct, metric.total) for name, metric in report.metrics.items()} == {
+        "tool_selection": (10, 10),
+        "argument_extraction": (4, 4),
+        "json_validity": (16, 16),
+        "multi_tool": (1, 1),
+        "abstention": (2, 2),
+    }
+    assert report.complete
+    assert report.failures == ()
+    assert report.categories["tool_selection"]["query"].total == 6
+    assert all(result.passed for result in gate_results(report, settings.gates))
+    assert "OVERALL: PASS - Ready for deployment" in render_report(report, settings.gates)
+    assert [case.id for case in report.cases] == [case.id for case in suite.cases]
+
+
+def test_every_case_is_asked_once_and_the_timed_ones_last_and_alone(settings: Settings, suite: Suite) -> None:
+    server = LightServer(RIGHT, delay_s=0.02)
+    told: list[tuple[str, int, int]] = []
+    report = measure(settings, suite, server, on_progress=lambda *what: told.append(what))
+    asked = [body["messages"][1]["content"] for body in server.bodies if not body.get("stream")]
+    firsts = [text for text in asked if text != LAMP_CHAIN["input"]]
+    assert sorted(firsts) == sorted(set(firsts))
+    assert 1 < server.most_running <= 3
+    assert report.latency is not None
+    assert report.latency.requests == 4
+    assert report.latency.p50_ms >= 20
+    assert report.latency.first_token_p50_ms is not None
+    assert sum(bool(body.get("stream")) for body in server.bodies) == 4
+    assert told[-1] == ("timed requests", 4, 4)
+    assert ("cases", 9, 9) in told
+
+
+def test_latency_can_be_left_out(settings: Settings, suite: Suite) -> None:
+    report = measure(settings, suite, LightServer(RIGHT), measure_latency=False)
+    assert report.latency is None
+    [latency] = [result for result in gate_results(report, settings.gates) if result.name == "latency_p95_ms"]
+    assert not latency.passed
+    assert "not measured" in render_report(report, settings.gates)
+
+
+def test_failures_are_kept_with_their_conversation(settings: Settings, suite: Suite) -> None:
+    wrong = {**RIGHT, "show 1": [[("fly", {})]], "lamp in room 2": ["Which room?"], "hi": [[("list_lights", {})]]}
+    wrong[str(LAMP_CHAIN["input"])] = [
+        [("add_lamp", {"room": "hall"})],
+        [("add_timer", {"lamp_id": "lamp_1", "at": "8"})],
+        "Ok",
+    ]
+    report = measure(settings, suite, LightServer(wrong))
+    failed = {case.input: case for case in report.failures}
+    assert set(failed) == {"show 1", "lamp in room 2", "hi", LAMP_CHAIN["input"]}
+    assert report.fault_types == {"unknown_tool": 1, "no_call": 1, "extra_call": 1, "wrong_source": 1}
+    assert report.metrics["json_validity"].correct == report.metrics["json_validity"].total - 1
+    chain = failed[str(LAMP_CHAIN["input"])]
+    assert [message["role"] for message in chain.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert chain.messages[2]["content"] == '{"lamp_id": "lamp_2"}'
+    assert chain.expected[1] == {"tool": "add_timer", "arguments": {"at": "8", "lamp_id": "from:add_lamp"}}
+    text = render_report(report, settings.gates)
+    assert "OVERALL: FAIL - Needs improvement" in text
+    assert "Tool selection is 90.0% and must be greater than 95.0%: 5.0 points short." in text
+    assert "got:      fly()" in text
+    assert "got:      'Which room?'" in text
+
+
+def test_a_model_that_never_stops_is_stopped(settings: Settings, suite: Suite) -> None:
+    server = LightServer({**RIGHT, str(LAMP_CHAIN["input"]): [[("list_lights", {})]]})
+    report = measure(settings, suite, server)
+    [case] = report.failures
+    assert case.turns == 4
+    assert {"turn_limit", "missing_call"} <= {fault.type for fault in case.faults}
+
+
+def test_an_error_of_a_tool_goes_back_to_the_model(settings: Settings, suite: Suite) -> None:
+    turns = [[("add_timer", {"lamp_id": "lamp_9", "at": "8"})], *RIGHT[str(LAMP_CHAIN["input"])]]
+    server = LightServer({**RIGHT, str(LAMP_CHAIN["input"]): turns})
+    report = measure(settings, suite, server)
+    assert report.failures == ()
+    assert report.extra_reads == 1
+    results = [m["content"] for body in server.bodies for m in body["messages"] if m["role"] == "tool"]
+    assert '{"error": "not_found", "message": "there is no lamp lamp_9"}' in results
+
+
+def test_an_earlier_conversation_is_sent_and_has_happened(settings: Settings, tmp_path: Path) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "add_lamp", "arguments": '{"room": "hall"}'}}
+    earlier = [
+        {"role": "user", "content": "add a lamp"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": '{"lamp_id": "lamp_2"}'},
+        {"role": "assistant", "content": "Done."},
+    ]
+    case = {"input": "remove it", "expected_chain": ["remove_lamp"], "expected_args": [{"lamp_id": "lamp_2"}]}
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"multi_tool_chains": [{**case, "messages": earlier}]}))
+    server = LightServer({"remove it": [[("remove_lamp", {"lamp_id": "lamp_2"})], "Gone."]})
+    report = measure(settings, load_suite([path], LIGHTS), server)
+    assert report.failures == ()
+    assert server.bodies[0]["messages"][1:5] == earlier
+    assert report.metrics["tool_selection"].rate is None
+    assert {result.name: result.passed for result in gate_results(report, settings.gates)}["tool_selection"] is False
+
+
+def test_the_case_limit_is_used_and_said(settings: Settings, suite: Suite) -> None:
+    limited = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"case_limit": 2})})
+    report = measure(limited, suite, LightServer(RIGHT))
+    assert report.case_limit == 2
+    assert report.metrics["tool_selection"].total == 2
+    assert "at most 2 cases of each list" in render_report(report, limited.gates)
+
+
+def test_a_conversation_longer_than_the_context_fails_its_case(settings: Settings, suite: Suite) -> None:
+    server = LightServer(RIGHT, failures=[(400, "This model's maximum context length is 4096 tokens.")])
+    report = measure(settings, suite, server)
+    assert len(report.failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(404, "has no model 'lights'"), (400, "refuses a request: nope"), (401, "status 401")]
+)
+def test_an_endpoint_that_fails_fails_the_evaluation(settings: Settings, suite: Suite, status: int, said: str) -> None:
+    with pytest.raises(PlatformError, match=said):
+        measure(settings, suite, LightServer(RIGHT, failures=[(status, "nope")] * 50))
+
+
+def test_an_endpoint_that_is_not_there_is_named(settings: Settings, suite: Suite) -> None:
+    with pytest.raises(PlatformError, match=r"http://127\.0\.0\.1:9/v1 does not answer"):
+        evaluate(settings, LIGHTS, base_url="http://127.0.0.1:9/v1", model_name="m", model_digest=None, suite=suite)
+
+
+def test_a_report_is_written_and_read_again(settings: Settings, suite: Suite, tmp_path: Path) -> None:
+    report = measure(settings, suite, LightServer({}))
+    save_report(report, tmp_path, settings.gates)
+    assert load_report(tmp_path) == report
+    assert (tmp_path / "report.txt").read_text() == render_report(report, settings.gates)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(PlatformError, match="is damaged"):
+        load_report(tmp_path)
+    with pytest.raises(PlatformError, match="There is no evaluation report"):
+        load_report(tmp_path / "nowhere")
+
+
+def test_request_body_leaves_nothing_to_defaults_of_the_server() -> None:
+    body = request_body("m", [{"role": "user", "content": "hi"}], LIGHTS.openai_tools(), max_tokens=7)
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0.0, 7, "m")
+    assert all(tool["function"]["strict"] for tool in body["tools"])

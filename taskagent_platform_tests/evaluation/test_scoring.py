@@ -1,0 +1,484 @@
+"""The rules by which answers are judged."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from taskagent_platform.domains.base import ToolError
+from taskagent_platform.evaluation.answer import Answer, Attempt, read_answer
+from taskagent_platform.evaluation.client import case_backend, replay_on
+from taskagent_platform.evaluation.scoring import (
+    Conversation,
+    Executed,
+    Score,
+    argument_faults,
+    judge_call,
+    match_calls,
+    same_value,
+    score_case,
+)
+from taskagent_platform.evaluation.suite import Case, ExpectedCall, ExpectedValue, ListName, Source
+from taskagent_platform_tests.light_domain import LIGHTS
+
+TOOLS = {tool.name: tool.parameters() for tool in LIGHTS.tools}
+DESTRUCTIVE = frozenset({"remove_lamp"})
+
+
+def attempt(tool: str, **arguments: Any) -> Attempt:
+    return Attempt(tool, json.dumps(arguments), arguments)
+
+
+def expect(tool: str, **arguments: Any) -> ExpectedCall:
+    values = {k: v if isinstance(v, ExpectedValue) else ExpectedValue((v,)) for k, v in arguments.items()}
+    return ExpectedCall(tool, values)
+
+
+def say(text: str) -> Answer:
+    return read_answer({"content": text}, TOOLS)
+
+
+def case_of(list_name: ListName, *calls: ExpectedCall, ordered: bool = False) -> Case:
+    return Case("1", list_name, "do it", "", calls, ordered, datetime(2024, 1, 15, 9), "default", ())
+
+
+def single(expected: ExpectedCall, answer: Answer) -> Score:
+    list_name: ListName = "tool_selection" if expected.arguments is None else "argument_extraction"
+    return score_case(case_of(list_name, expected), Conversation((answer,)), TOOLS, destructive=DESTRUCTIVE)
+
+
+def types(score: Score) -> list[str]:
+    return [fault.type for fault in score.faults]
+
+
+class TestValues:
+    @pytest.mark.parametrize(
+        ("value", "right"),
+        [
+            ("Review Q4", "review q4"),
+            ("  kitchen ", "kitchen"),
+            ("e-mail", "email"),
+            ("follow up", "follow-up"),
+            ("it's", "its"),
+            ("Kitchen!", "kitchen"),
+            ("'kitchen'", "kitchen"),
+            ("task_001", "task 001"),
+            ("#45", "45"),
+            ("a  b", "a b"),
+            ("Straße", "STRASSE"),
+            ("ﬁle", "file"),
+            ("!?", "!?"),
+            ("C++", "c++"),
+            (5, 5.0),
+            (None, None),
+            (["a", "b"], ["B", "a"]),
+            (["a", "a"], ["a"]),
+            ([], []),
+            ({"a": "X"}, {"a": "x"}),
+            (True, True),
+        ],
+    )
+    def test_same(self, value: Any, right: Any) -> None:
+        assert same_value(value, right)
+        assert same_value(right, value)
+
+    @pytest.mark.parametrize(
+        ("value", "right"),
+        [
+            ("kitchen", "kitchens"),
+            ("book", "notebook"),
+            ("ab", "a b"),
+            ("!?", "?!"),
+            ("!", ""),
+            ("C++", "C"),
+            ("2024-01-19", "2024-01-1 9"),
+            ("2024-1-19", "2024-01-19"),
+            ("2024-01-19t15:00", "2024-01-19T15:00"),
+            ("2024-01-19 15:00", "2024-01-19T15:00"),
+            ("20240119", "2024-01-19"),
+            ("5", 5),
+            (1, True),
+            (True, 1),
+            (0, False),
+            (0, None),
+            ("", None),
+            (["a"], ["a", "b"]),
+            (["a", "b"], ["a"]),
+            ([], ["a"]),
+            ("a", ["a"]),
+            ({"a": 1}, {"a": 1, "b": 2}),
+            ({"a": 1}, {"b": 1}),
+            ({"a": 1}, {"a": 2}),
+        ],
+    )
+    def test_different(self, value: Any, right: Any) -> None:
+        assert not same_value(value, right)
+
+    def test_enumerations_are_exact(self) -> None:
+        schema = {"type": "string", "enum": ["red", "white"]}
+        assert same_value("red", "red", schema)
+        assert not same_value("Red", "red", schema)
+        assert not same_value(["Red"], ["red"], {"items": schema})
+        assert not same_value({"c": "Red"}, {"c": "red"}, {"properties": {"c": schema}})
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("given", "types"),
+        [
+            ({"room": "hall", "level": 5}, []),
+            ({"level": 5}, ["missing"]),
+            ({"room": "attic", "level": 5}, ["wrong_value"]),
+            ({"room": 3, "level": 5}, ["wrong_type"]),
+            ({"room": "hall", "level": "5"}, ["wrong_type"]),
+            ({"room": "hall", "level": 5, "color": "red"}, ["invented"]),
+            ({"room": "hall", "level": 5, "size": 1}, ["undeclared"]),
+            ({"size": 1}, ["missing", "missing", "undeclared"]),
+        ],
+    )
+    def test_faults(self, given: dict[str, Any], types: list[str]) -> None:
+        faults = argument_faults(expect("set_light", room="hall", level=5), given, TOOLS["set_light"])
+        assert [fault.type for fault in faults] == types
+        assert all(fault.tool == "set_light" and fault.argument and fault.sentence for fault in faults)
+
+    def test_every_alternative_is_right_and_nothing_else(self) -> None:
+        expected = expect("add_lamp", room=ExpectedValue(("hall", "the hall")))
+        assert argument_faults(expected, {"room": "The hall."}, TOOLS["add_lamp"]) == []
+        assert argument_faults(expected, {"room": "hall"}, TOOLS["add_lamp"]) == []
+        [fault] = argument_faults(expected, {"room": "big hall"}, TOOLS["add_lamp"])
+        assert fault.sentence == "add_lamp.room = 'big hall'; right is 'hall' or 'the hall'."
+
+    def test_an_optional_argument_may_be_left_out_but_not_wrong(self) -> None:
+        expected = expect("add_lamp", room="hall", name=ExpectedValue(("big", "tall"), optional=True))
+        assert argument_faults(expected, {"room": "hall"}, TOOLS["add_lamp"]) == []
+        assert argument_faults(expected, {"room": "hall", "name": "tall"}, TOOLS["add_lamp"]) == []
+        [fault] = argument_faults(expected, {"room": "hall", "name": "small"}, TOOLS["add_lamp"])
+        assert fault.type == "wrong_value"
+
+    def test_an_optional_argument_without_alternatives_may_be_anything_of_its_type(self) -> None:
+        expected = expect("set_light", room="a", level=ExpectedValue(None, optional=True))
+        assert argument_faults(expected, {"room": "a", "level": 9}, TOOLS["set_light"]) == []
+        [fault] = argument_faults(expected, {"room": "a", "level": "9"}, TOOLS["set_light"])
+        assert fault.type == "wrong_type"
+
+    def test_nothing_is_wrong_where_the_case_says_nothing(self) -> None:
+        assert argument_faults(ExpectedCall("set_light"), {"size": 3}, TOOLS["set_light"]) == []
+
+    def test_no_arguments_expected_is_not_nothing_said(self) -> None:
+        [fault] = argument_faults(expect("list_lights"), {"room": "hall"}, TOOLS["list_lights"])
+        assert fault.type == "invented"
+
+
+class TestSingleCalls:
+    def test_right(self) -> None:
+        score = single(expect("add_lamp", room="hall"), Answer((attempt("add_lamp", room="Hall"),), ""))
+        assert score == Score("right", True, (), attempted=1, valid=1)
+
+    def test_tool_selection_does_not_look_at_arguments(self) -> None:
+        assert single(ExpectedCall("add_lamp"), Answer((attempt("add_lamp", size=1),), "")).passed
+
+    def test_wrong_tool(self) -> None:
+        score = single(ExpectedCall("add_lamp"), Answer((attempt("list_lights"),), ""))
+        assert (score.verdict, score.passed, types(score), score.valid) == ("wrong_tool", False, ["wrong_tool"], 1)
+
+    def test_wrong_arguments(self) -> None:
+        score = single(expect("add_lamp", room="hall"), Answer((attempt("add_lamp", room="attic"),), ""))
+        assert (score.verdict, score.passed, types(score)) == ("wrong_arguments", False, ["wrong_value"])
+
+    def test_an_unknown_tool(self) -> None:
+        score = single(ExpectedCall("add_lamp"), Answer((attempt("fly"),), ""))
+        assert (score.verdict, types(score), score.attempted, score.valid) == ("wrong_tool", ["unknown_tool"], 1, 0)
+
+    def test_unreadable_arguments(self) -> None:
+        score = single(ExpectedCall("add_lamp"), Answer((Attempt("add_lamp", "{", None),), ""))
+        assert (score.verdict, types(score), score.attempted, score.valid) == ("malformed", ["unparseable"], 1, 0)
+
+    def test_a_call_in_the_text(self) -> None:
+        score = single(ExpectedCall("add_lamp"), say('<tool_call>{"name": "add_lamp", "arguments": {'))
+        assert (score.verdict, types(score), score.attempted, score.valid) == ("malformed", ["unparseable"], 1, 0)
+
+    def test_a_broken_call_beside_a_good_one(self) -> None:
+        answer = read_answer(
+            {
+                "content": "<tool_call>oops",
+                "tool_calls": [{"function": {"name": "list_lights", "arguments": "{}"}}],
+            },
+            TOOLS,
+        )
+        score = single(ExpectedCall("list_lights"), answer)
+        assert (score.verdict, score.passed, score.attempted, score.valid) == ("malformed", False, 2, 1)
+
+    @pytest.mark.parametrize("text", ["Which room?", ""])
+    def test_no_call(self, text: str) -> None:
+        score = single(ExpectedCall("add_lamp"), say(text))
+        assert (score.verdict, score.passed, types(score), score.attempted) == ("abstained", False, ["no_call"], 0)
+
+    def test_exactly_one_call(self) -> None:
+        twice = Answer((attempt("add_lamp", room="a"), attempt("add_lamp", room="a")), "")
+        score = single(ExpectedCall("add_lamp"), twice)
+        assert (score.verdict, score.passed, types(score)) == ("wrong_tool", False, ["extra_call"])
+        besides = Answer((attempt("list_lights"), attempt("add_lamp", room="a")), "")
+        assert types(single(expect("add_lamp", room="a"), besides)) == ["extra_call"]
+
+    def test_an_extra_call_that_cannot_be_read_is_malformed(self) -> None:
+        answer = Answer((attempt("add_lamp", room="a"), Attempt("add_lamp", "{", None)), "")
+        score = single(ExpectedCall("add_lamp"), answer)
+        assert (score.verdict, score.passed, types(score)) == ("malformed", False, ["unparseable"])
+
+    def test_an_extra_unknown_tool_is_named(self) -> None:
+        answer = Answer((attempt("add_lamp", room="a"), attempt("fly")), "")
+        score = single(ExpectedCall("add_lamp"), answer)
+        assert (score.verdict, types(score)) == ("wrong_tool", ["unknown_tool"])
+
+    def test_destruction_that_nobody_asked_for_is_a_minefield(self) -> None:
+        score = single(ExpectedCall("list_lights"), Answer((attempt("remove_lamp", lamp_id="lamp_1"),), ""))
+        assert score.hit_minefield
+        asked = single(ExpectedCall("remove_lamp"), Answer((attempt("remove_lamp", lamp_id="lamp_1"),), ""))
+        assert not asked.hit_minefield
+        assert asked.passed
+
+    def test_only_the_first_answer_counts(self) -> None:
+        conversation = Conversation((say("no"), Answer((attempt("list_lights"),), "")))
+        assert not score_case(case_of("tool_selection", ExpectedCall("list_lights")), conversation, TOOLS).passed
+
+
+class TestAbstention:
+    def score(self, answer: Answer) -> Score:
+        return score_case(case_of("abstention"), Conversation((answer,)), TOOLS, destructive=DESTRUCTIVE)
+
+    def test_a_text_passes(self) -> None:
+        assert self.score(say("Hello!")) == Score("abstained", True, (), 0, 0)
+
+    @pytest.mark.parametrize("text", ["", "  \n"])
+    def test_silence_does_not(self, text: str) -> None:
+        score = self.score(say(text))
+        assert (score.passed, types(score)) == (False, ["no_text"])
+
+    def test_a_call_does_not(self) -> None:
+        score = self.score(Answer((attempt("list_lights"),), "Here you are."))
+        assert (score.verdict, score.passed, types(score)) == ("wrong_tool", False, ["extra_call"])
+
+    @pytest.mark.parametrize("text", ["<tool_call>", '{"name": "list_lights", "arguments": {}}', "list_lights()"])
+    def test_malformed_output_is_no_abstention(self, text: str) -> None:
+        score = self.score(say(text))
+        assert (score.verdict, score.passed, types(score)) == ("malformed", False, ["unparseable"])
+        assert (score.attempted, score.valid) == (1, 0)
+
+    def test_an_unreadable_call_is_malformed(self) -> None:
+        assert self.score(Answer((Attempt("list_lights", "", None),), "")).verdict == "malformed"
+
+    def test_destruction_is_a_minefield(self) -> None:
+        assert self.score(Answer((attempt("remove_lamp", lamp_id="lamp_1"),), "")).hit_minefield
+
+
+class TestMatching:
+    def test_by_assignment_not_greedily(self) -> None:
+        # The first expected call takes either attempt; only if it leaves "hall" to the second are both right.
+        expected = [expect("add_lamp", room=ExpectedValue(("hall", "attic"))), expect("add_lamp", room="hall")]
+        attempts = [attempt("add_lamp", room="hall"), attempt("add_lamp", room="attic")]
+        assert match_calls(expected, attempts, TOOLS, ordered=False) == {0: 1, 1: 0}
+
+    def test_different_tools_are_never_paired(self) -> None:
+        assert match_calls([expect("add_lamp")], [attempt("list_lights")], TOOLS, ordered=False) == {}
+        assert match_calls([expect("add_lamp")], [attempt("list_lights")], TOOLS, ordered=True) == {}
+
+    def test_fewer_faults_are_preferred(self) -> None:
+        expected = [expect("set_light", room="hall", level=1)]
+        attempts = [attempt("set_light", room="x", level=9), attempt("set_light", room="hall", level=9)]
+        assert match_calls(expected, attempts, TOOLS, ordered=False) == {0: 1}
+
+    def test_order_is_kept(self) -> None:
+        expected = [expect("add_lamp", room="a"), expect("list_lights")]
+        attempts = [attempt("list_lights"), attempt("add_lamp", room="a")]
+        assert match_calls(expected, attempts, TOOLS, ordered=False) == {0: 1, 1: 0}
+        assert len(match_calls(expected, attempts, TOOLS, ordered=True)) == 1
+
+    def test_order_prefers_right_calls_over_many_pairs(self) -> None:
+        expected = [expect("add_lamp", room="a"), expect("add_lamp", room="b")]
+        attempts = [attempt("add_lamp", room=room) for room in ("b", "a", "b")]
+        assert match_calls(expected, attempts, TOOLS, ordered=True) == {0: 1, 1: 2}
+
+    def test_unreadable_attempts_are_not_paired(self) -> None:
+        assert match_calls([ExpectedCall("add_lamp")], [Attempt("add_lamp", "{", None)], TOOLS, ordered=True) == {}
+
+    def test_nothing(self) -> None:
+        assert match_calls([], [attempt("add_lamp")], TOOLS, ordered=True) == {}
+        assert match_calls([expect("add_lamp")], [], TOOLS, ordered=False) == {}
+
+
+TIMED_LAMP = (
+    expect("add_lamp", room="hall"),
+    ExpectedCall("add_timer", {"at": ExpectedValue(("8",))}, {"lamp_id": Source("add_lamp", "lamp_id")}),
+)
+
+
+def converse(case: Case, *turns: list[Attempt] | str | Answer, **ending: Any) -> Conversation:
+    """Executes turns on a real backend, as the client does."""
+    backend = case_backend(LIGHTS, case)
+    answers, executed, states = [], [], []
+    for number, turn in enumerate(turns):
+        if isinstance(turn, list):
+            answers.append(Answer(tuple(turn), ""))
+            for call in turn:
+                before = backend.snapshot()
+                status = 0
+                try:
+                    result: Mapping[str, Any] = backend.execute(call.name, call.arguments or {})
+                except ToolError as error:
+                    result, status = error.as_result(), error.status
+                executed.append(Executed(call, number, result, status > 0, status == 404, backend.snapshot() != before))
+            states.append(backend.snapshot())
+        else:
+            answers.append(say(turn) if isinstance(turn, str) else turn)
+    return Conversation(tuple(answers), tuple(executed), tuple(states), **ending)
+
+
+def chain(calls: tuple[ExpectedCall, ...], *turns: list[Attempt] | str | Answer, **options: Any) -> Score:
+    case = case_of("multi_tool_chains", *calls, ordered=options.pop("ordered", True))
+    conversation = converse(case, *turns, **options)
+    return score_case(case, conversation, TOOLS, destructive=DESTRUCTIVE, replay=replay_on(LIGHTS, case))
+
+
+class TestChains:
+    def test_right(self) -> None:
+        score = chain(
+            TIMED_LAMP, [attempt("add_lamp", room="hall")], [attempt("add_timer", lamp_id="lamp_2", at="8")], "Done."
+        )
+        assert score == Score("right", True, (), attempted=2, valid=2)
+
+    def test_a_missing_call(self) -> None:
+        score = chain(TIMED_LAMP, [attempt("add_lamp", room="hall")], "Done.")
+        assert (score.verdict, types(score)) == ("wrong_tool", ["missing_call"])
+
+    def test_no_call_at_all(self) -> None:
+        score = chain(TIMED_LAMP, "I would rather not.")
+        assert (score.verdict, types(score)) == ("abstained", ["no_call", "missing_call", "missing_call"])
+
+    def test_the_value_must_come_from_the_result(self) -> None:
+        score = chain(
+            TIMED_LAMP, [attempt("add_lamp", room="hall")], [attempt("add_timer", lamp_id="lamp_1", at="8")], "Done."
+        )
+        assert (score.verdict, types(score)) == ("wrong_arguments", ["wrong_source"])
+        assert "'lamp_1' is not the lamp_id that add_lamp returned ('lamp_2')" in score.faults[0].sentence
+
+    def test_the_value_must_have_been_known(self) -> None:
+        both = [attempt("add_lamp", room="hall"), attempt("add_timer", lamp_id="lamp_2", at="8")]
+        score = chain(TIMED_LAMP, both, "Done.")
+        assert types(score) == ["wrong_source"]
+        assert "nothing had been returned yet" in score.faults[0].sentence
+
+    def test_the_value_must_be_given(self) -> None:
+        case = case_of("multi_tool_chains", *TIMED_LAMP, ordered=True)
+        calls = [attempt("add_lamp", room="hall"), attempt("add_timer", at="8")]
+        executed = (
+            Executed(calls[0], 0, {"lamp_id": "lamp_2"}, changed=True),
+            Executed(calls[1], 1, {"error": "x"}, refused=True),
+        )
+        conversation = Conversation(
+            (Answer((calls[0],), ""), Answer((calls[1],), ""), say("Done.")), executed, ({}, {})
+        )
+        score = score_case(case, conversation, TOOLS, replay=replay_on(LIGHTS, case))
+        assert types(score) == ["missing"]
+
+    def test_wrong_arguments(self) -> None:
+        score = chain(
+            TIMED_LAMP, [attempt("add_lamp", room="attic")], [attempt("add_timer", lamp_id="lamp_2", at="8")], "Done."
+        )
+        assert (score.verdict, types(score)) == ("wrong_arguments", ["wrong_value"])
+
+    def test_out_of_order(self) -> None:
+        calls = (expect("add_lamp", room="a"), expect("list_lights"))
+        score = chain(calls, [attempt("list_lights")], [attempt("add_lamp", room="a")], "Done.")
+        assert (score.passed, types(score)) == (False, ["wrong_order"])
+        assert chain(calls, [attempt("list_lights")], [attempt("add_lamp", room="a")], "Done.", ordered=False).passed
+
+    def test_parallel_calls_in_one_turn_or_several(self) -> None:
+        calls = (expect("add_lamp", room="a"), expect("add_lamp", room="b"))
+        one, other = attempt("add_lamp", room="b"), attempt("add_lamp", room="a")
+        assert chain(calls, [one, other], "Done.", ordered=False).passed
+        assert chain(calls, [one], [other], "Done.", ordered=False).passed
+        assert not chain(calls, [one, one], "Done.", ordered=False).passed
+
+    def test_harmless_reads_are_allowed_and_counted(self) -> None:
+        calls = (expect("add_lamp", room="a"),)
+        score = chain(calls, [attempt("list_lights")], [attempt("add_lamp", room="a")], "Done.")
+        assert (score.passed, score.extra_reads) == (True, 1)
+
+    def test_a_change_that_nobody_asked_for(self) -> None:
+        calls = (expect("list_lights"),)
+        score = chain(calls, [attempt("list_lights"), attempt("add_lamp", room="a")], "Done.")
+        assert (score.verdict, types(score), score.extra_reads) == ("wrong_tool", ["unrequested_change"], 0)
+
+    def test_a_doubled_change(self) -> None:
+        once = attempt("add_lamp", room="a")
+        assert types(chain((expect("add_lamp", room="a"),), [once], [once], "Done.")) == ["unrequested_change"]
+
+    def test_more_destroyed_than_asked(self) -> None:
+        calls = (expect("remove_lamp", lamp_id="lamp_1"),)
+        asked, more = attempt("remove_lamp", lamp_id="lamp_1"), attempt("remove_lamp", lamp_id="lamp_7")
+        score = chain(calls, [asked, more], "Done.")
+        assert (types(score), score.hit_minefield, score.extra_reads) == (["unrequested_destruction"], True, 0)
+        assert not chain(calls, [asked], "Done.").hit_minefield
+
+    def test_a_refused_call(self) -> None:
+        calls = (ExpectedCall("add_timer"),)
+        score = chain(calls, [attempt("add_timer", lamp_id="lamp_9", at="8")], "Done.")
+        assert (score.verdict, types(score)) == ("wrong_arguments", ["refused_by_backend"])
+
+    def test_what_the_case_itself_names_may_be_missing_in_the_fixture(self) -> None:
+        calls = (expect("add_timer", lamp_id="lamp_9", at="8"),)
+        assert chain(calls, [attempt("add_timer", lamp_id="lamp_9", at="8")], "There is no such lamp.").passed
+
+    def test_a_bad_request_is_never_excused(self) -> None:
+        calls = (expect("add_timer", lamp_id="lamp_1", at=""),)
+        assert types(chain(calls, [attempt("add_timer", lamp_id="lamp_1", at="")], "Hm.")) == ["refused_by_backend"]
+
+    def test_the_model_must_end_with_a_text(self) -> None:
+        calls = (expect("list_lights"),)
+        score = chain(calls, [attempt("list_lights")], "")
+        assert (score.passed, types(score)) == (False, ["no_text"])
+
+    def test_the_model_must_end(self) -> None:
+        calls = (expect("list_lights"),)
+        limited = chain(calls, [attempt("list_lights")], [attempt("list_lights")], hit_turn_limit=True)
+        assert (limited.passed, types(limited)) == (False, ["turn_limit"])
+        assert types(chain(calls, [attempt("list_lights")], context_exceeded=True)) == ["turn_limit"]
+
+    def test_malformed_output_at_the_end(self) -> None:
+        score = chain((expect("list_lights"),), [attempt("list_lights")], "<tool_call>{")
+        assert (score.verdict, types(score), score.attempted, score.valid) == ("malformed", ["unparseable"], 2, 1)
+
+    def test_an_unknown_tool_on_the_way(self) -> None:
+        score = chain((expect("list_lights"),), [attempt("fly")], [attempt("list_lights")], "Done.")
+        assert (score.verdict, types(score), score.attempted, score.valid) == ("wrong_tool", ["unknown_tool"], 2, 1)
+
+    def test_a_state_that_the_calls_do_not_explain(self) -> None:
+        case = case_of("multi_tool_chains", expect("add_lamp", room="a"), ordered=True)
+        good = converse(case, [attempt("add_lamp", room="a")], "Done.")
+        state = {**good.states[0], "levels": {"a": 3}}
+        conversation = Conversation(good.answers, good.executed, (state,))
+        score = score_case(case, conversation, TOOLS, replay=replay_on(LIGHTS, case))
+        assert (score.passed, types(score)) == (False, ["wrong_state"])
+        assert "levels" in score.faults[0].sentence
+
+    def test_scoring_a_chain_needs_a_backend(self) -> None:
+        case = case_of("multi_tool_chains", expect("list_lights"))
+        with pytest.raises(ValueError, match="replay"):
+            score_case(case, Conversation((say("x"),)), TOOLS)
+
+    def test_a_fault_of_the_scorer_is_not_a_wrong_answer(self) -> None:
+        case = case_of("multi_tool_chains", expect("list_lights"))
+        conversation = converse(case, [attempt("list_lights")], "Done.")
+
+        def broken(_: Any) -> Any:
+            raise RuntimeError("backend broke")
+
+        with pytest.raises(RuntimeError, match="backend broke"):
+            score_case(case, conversation, TOOLS, replay=broken)
+
+
+def test_judge_call_names_the_tool_called() -> None:
+    verdict, faults = judge_call(ExpectedCall("add_lamp"), attempt("list_lights"), TOOLS)
+    assert (verdict, faults[0].sentence) == ("wrong_tool", "list_lights was called, not add_lamp.")
