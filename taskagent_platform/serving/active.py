@@ -28,7 +28,7 @@ class Deployment(BaseModel):
         report_digest: digest of the evaluation report that it was judged by; None where an override stood in for it.
         gates: every gate as it was recomputed at the deployment.
         base_url: the model server's address, with ``/v1``.
-        server: name of the model server's record.
+        server: the model server's record.
         deployed_at: when, in UTC.
         deployed_by: who.
         override_reason: why it was deployed although the gates refused it; None for a regular deployment.
@@ -44,7 +44,7 @@ class Deployment(BaseModel):
     report_digest: str | None
     gates: tuple[GateResult, ...]
     base_url: str
-    server: str
+    server: Path
     deployed_at: datetime
     deployed_by: str
     override_reason: str | None = None

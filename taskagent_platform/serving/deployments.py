@@ -1,0 +1,444 @@
+"""Deployments: a model that passes its gates becomes the endpoint's champion, and the last one stays ready.
+
+Nothing is deployed on the word of somebody else: the model's files, its evaluation report, the suites and every gate
+are looked at again here. The only way past is an override with a written reason, which is recorded with the
+deployment and in the audit log.
+"""
+
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+from uuid import uuid4
+
+import psutil
+
+from taskagent_platform.artifacts import Manifest, read_manifest
+from taskagent_platform.audit import account, audit_log
+from taskagent_platform.domains.base import Domain
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.active import (
+    ActiveDeployments,
+    Deployment,
+    DomainDeployments,
+    active_file,
+    deployment_lock,
+    endpoint_url,
+    model_name,
+    read_active,
+    write_active,
+)
+from taskagent_platform.serving.gates import Verdict, judge
+from taskagent_platform.serving.gateway_process import GatewayProcess, running_gateway, start_gateway, stop_gateway
+from taskagent_platform.serving.server import (
+    Progress,
+    Server,
+    detach,
+    read_server,
+    server_command,
+    server_is_alive,
+    server_is_healthy,
+    start_server,
+    stop_server,
+)
+from taskagent_platform.settings import Settings
+
+MODEL_KIND = "merged_model"
+_WARM_UP_TIMEOUT_S = 300.0
+
+
+class DeploymentRefusedError(PlatformError):
+    """A model that may not be deployed.
+
+    Attributes:
+        verdict: the gates, and why they refuse.
+    """
+
+    def __init__(self, domain: str, digest: str, verdict: Verdict) -> None:
+        lines = "\n".join(f"- {refusal}" for refusal in verdict.refusals)
+        super().__init__(f"Model {digest[:12]} of {domain} is not deployed:\n{lines}")
+        self.verdict = verdict
+
+
+class ServerFiles(NamedTuple):
+    """Where a model server's record and output lie."""
+
+    record_file: Path
+    log_file: Path
+
+
+class DomainStatus(NamedTuple):
+    """What runs for one domain.
+
+    Attributes:
+        deployments: the champion and the one before it; None if nothing was deployed.
+        active_is_healthy: whether the champion's server answers.
+        previous_is_ready: whether a rollback is instant.
+        others: running servers that are not deployed: candidates and base models being measured.
+    """
+
+    domain: str
+    deployments: DomainDeployments | None
+    active_is_healthy: bool
+    previous_is_ready: bool
+    others: tuple[Server, ...]
+
+
+class PlatformStatus(NamedTuple):
+    """What runs for one profile."""
+
+    endpoint: str
+    gateway: GatewayProcess | None
+    domains: tuple[DomainStatus, ...]
+
+
+def server_files(settings: Settings, domain: str, digest: str) -> ServerFiles:
+    """Returns where the server of a model keeps its record and output.
+
+    A record belongs to one model for good: a candidate that is promoted keeps its own, and the next candidate has
+    another one.
+    """
+    folder = _servers_folder(settings, domain)
+    return ServerFiles(folder / f"{digest[:16]}.json", folder / f"{digest[:16]}.log")
+
+
+def find_server(settings: Settings, domain: str, digest: str, *, any_settings: bool = False) -> Server | None:
+    """Returns a healthy server of exactly this model, or None.
+
+    Args:
+        settings: the profile.
+        domain: the domain.
+        digest: the merged model's digest.
+        any_settings: take one that was started with other serving settings than the present ones, too.
+    """
+    for server in _servers(settings, domain):
+        same = server.model_digest == digest and server.name == model_name(settings, domain)
+        if same and server_is_healthy(server) and (any_settings or _runs_as_set(settings, server)):
+            return server
+    return None
+
+
+def deploy(
+    settings: Settings,
+    domain: Domain,
+    merged_folder: Path,
+    report_folder: Path,
+    *,
+    override_reason: str | None = None,
+    actor: str | None = None,
+    on_progress: Progress | None = None,
+) -> Deployment:
+    """Makes a model the champion of its domain, if its gates let it.
+
+    The candidate's server that the evaluation measured is promoted as it runs; it is started where it is gone. The
+    champion before keeps running for a rollback; older ones are stopped. Deploying the present champion again changes
+    nothing but what is recorded of it.
+
+    Args:
+        settings: the gates, and how to serve.
+        domain: the domain.
+        merged_folder: the ``merged_model`` artifact.
+        report_folder: the ``eval_report`` artifact of exactly this model.
+        override_reason: deploy although the gates refuse, for this written reason.
+        actor: who deploys; the account of the process if None.
+        on_progress: is told what is happening.
+
+    Raises:
+        DeploymentRefusedError: the report is missing, stale or unfinished, or a gate failed; says which, by how much.
+        PlatformError: the model's folder was changed, the server or the gateway does not start, the override has no
+            reason.
+    """
+    if override_reason is not None and not override_reason.strip():
+        raise PlatformError("An override needs a written reason: who decided it, and why.")
+    actor = actor or account()
+    log = audit_log(settings)
+    with deployment_lock(settings):
+        try:
+            model = read_manifest(merged_folder, kind=MODEL_KIND, verify=True)
+        except PlatformError as error:
+            log.append("deploy", "refused", domain=domain.name, actor=actor, reason=str(error))
+            raise
+        verdict = judge(settings, domain, model, report_folder)
+        who = {"domain": domain.name, "model_digest": model.digest, "actor": actor}
+        if verdict.refusals and override_reason is None:
+            log.append("deploy", "refused", reason=" ".join(verdict.refusals), **who)
+            raise DeploymentRefusedError(domain.name, model.digest, verdict)
+        if verdict.refusals:
+            overridden = f"{override_reason} (overridden: {' '.join(verdict.refusals)})"
+            log.append("gate_override", "approved", reason=overridden, **who)
+        kept = _keep_model(settings, domain.name, merged_folder, model)
+        with _running(settings, domain, model.digest, kept, on_progress) as server:
+            deployment = Deployment(
+                domain=domain.name,
+                model_name=model_name(settings, domain.name),
+                model_digest=model.digest,
+                model_folder=kept,
+                report_digest=verdict.report_digest,
+                gates=verdict.gates,
+                base_url=server.base_url,
+                server=server.record_file,
+                deployed_at=datetime.now(UTC),
+                deployed_by=actor,
+                override_reason=override_reason if verdict.refusals else None,
+                refusals=verdict.refusals,
+            )
+            log.check()
+            _promote(settings, deployment, server)
+        log.append("deploy", "executed", reason=deployment.override_reason, **who)
+        return deployment
+
+
+def rollback(
+    settings: Settings,
+    domain: Domain,
+    *,
+    reason: str,
+    actor: str | None = None,
+    on_progress: Progress | None = None,
+) -> Deployment:
+    """Makes the champion before the present one the champion again; the present one stays ready in turn.
+
+    It is instant where its server still runs; else the server is started on the deployment's own copy of the model.
+
+    Raises:
+        PlatformError: there is nothing to go back to, its copy was changed, or its server does not start.
+    """
+    if not reason.strip():
+        raise PlatformError("A rollback needs a reason, for the audit log.")
+    with deployment_lock(settings):
+        present = read_active(active_file(settings)).domains.get(domain.name)
+        if present is None or present.previous is None:
+            raise PlatformError(f"There is no earlier deployment of {domain.name} to go back to.")
+        target = present.previous
+        log = audit_log(settings)
+        # As it runs: it was judged with the settings of its day, and a rollback cannot wait for a start.
+        folder = target.model_folder
+        with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
+            deployment = target.model_copy(update={"base_url": server.base_url, "server": server.record_file})
+            log.check()
+            _promote(settings, deployment, server)
+        log.append(
+            "rollback", "executed", domain=domain.name, model_digest=target.model_digest, reason=reason, actor=actor
+        )
+        return deployment
+
+
+def make_room(settings: Settings, domain: str) -> None:
+    """Stops every detached server of a domain but the champion's, so that a candidate finds memory to be judged in.
+
+    A rollback starts the one before again, from the copy of its model that is kept.
+    """
+    with deployment_lock(settings):
+        _stop_all_but_champion(settings, domain)
+
+
+def status(settings: Settings) -> PlatformStatus:
+    """Returns what is deployed and what of it runs."""
+    active = read_active(active_file(settings))
+    names = sorted({*active.domains, *(folder.parent.name for folder in _server_folders(settings))})
+    return PlatformStatus(
+        endpoint_url(settings),
+        running_gateway(settings),
+        tuple(_domain_status(settings, active, name) for name in names),
+    )
+
+
+def stop_all(settings: Settings) -> list[str]:
+    """Stops the gateway and every model server that the profile started, and no other process.
+
+    What is deployed stays on record: the next deployment of the same model starts its server again.
+
+    Returns:
+        What was stopped, and what could not be, one text each.
+    """
+    told = []
+    with deployment_lock(settings):
+        try:
+            gateway = running_gateway(settings)
+            if stop_gateway(settings) and gateway is not None:
+                told.append(f"gateway on port {gateway.port} (process {gateway.pid})")
+        except PlatformError as error:
+            told.append(f"not the gateway: {error}")
+        for record_file in sorted((settings.home / settings.profile).glob("*/servers/*.json")):
+            try:
+                server = read_server(record_file)
+                if server is not None and stop_server(server):
+                    told.append(f"server of {server.name} {server.model_digest[:12]} (process {server.pid})")
+            except PlatformError as error:
+                # One damaged record must not keep the other servers running.
+                told.append(f"not a server: {error}")
+    return told
+
+
+@contextmanager
+def _running(
+    settings: Settings,
+    domain: Domain,
+    digest: str,
+    model_folder: Path,
+    on_progress: Progress | None,
+    *,
+    any_settings: bool = False,
+) -> Iterator[Server]:
+    """Yields a healthy server of the model behind a running gateway; ends what it started if the block fails."""
+    gateway_ran = running_gateway(settings) is not None
+    started: Server | None = None
+    try:
+        start_gateway(settings)
+        server = find_server(settings, domain.name, digest, any_settings=any_settings)
+        if server is None:
+            server = started = _start(settings, domain, digest, model_folder, on_progress)
+            _warm_up(settings, domain, server)
+        yield server
+    except BaseException:
+        if started is not None:
+            stop_server(started)
+        if not gateway_ran:
+            stop_gateway(settings)
+        raise
+
+
+def _start(settings: Settings, domain: Domain, digest: str, model_folder: Path, on_progress: Progress | None) -> Server:
+    if read_manifest(model_folder, kind=MODEL_KIND, verify=True).digest != digest:
+        raise PlatformError(f"{model_folder} does not hold model {digest[:12]}; deploy that model again.")
+    files = server_files(settings, domain.name, digest)
+    unfit = read_server(files.record_file)
+    if unfit is not None:
+        # It does not answer, or it runs otherwise than the settings say.
+        stop_server(unfit)
+    _stop_all_but_champion(settings, domain.name)
+    return start_server(
+        settings,
+        model_folder,
+        name=model_name(settings, domain.name),
+        log_file=files.log_file,
+        record_file=files.record_file,
+        on_progress=on_progress,
+    )
+
+
+def _stop_all_but_champion(settings: Settings, domain: str) -> None:
+    present = read_active(active_file(settings)).domains.get(domain)
+    for server in _servers(settings, domain):
+        if server.detached and (present is None or server.model_digest != present.active.model_digest):
+            stop_server(server)
+
+
+def _promote(settings: Settings, deployment: Deployment, server: Server) -> None:
+    """Replaces the champion in one step, and stops and removes what no rollback needs any more."""
+    path = active_file(settings)
+    active = read_active(path)
+    present = active.domains.get(deployment.domain)
+    previous = None
+    if present is not None:
+        again = present.active.model_digest == deployment.model_digest
+        previous = present.previous if again else present.active
+    detach(server)
+    replaced = DomainDeployments(active=deployment, previous=previous)
+    write_active(path, ActiveDeployments(domains={**active.domains, deployment.domain: replaced}))
+    needed = {deployment.model_digest} | ({previous.model_digest} if previous is not None else set())
+    for other in _servers(settings, deployment.domain):
+        if other.detached and other.model_digest not in needed:
+            stop_server(other)
+    kept = _kept_folder(settings, deployment.domain)
+    for folder in kept.iterdir():
+        if folder.name not in needed:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep_model(settings: Settings, domain: str, merged_folder: Path, model: Manifest) -> Path:
+    """Returns the deployment's own copy of the model; files are shared with the original where links are possible.
+
+    The next training replaces the original; a restart or a rollback must find what was deployed.
+    """
+    kept = _kept_folder(settings, domain) / model.digest
+    if merged_folder.resolve() == kept:
+        return kept
+    try:
+        read_manifest(kept, kind=MODEL_KIND, verify=True)
+        return kept
+    except PlatformError:
+        shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    scratch = kept.with_name(f".{kept.name}.{uuid4().hex[:8]}.partial")
+    try:
+        shutil.copytree(merged_folder, scratch, copy_function=_link_or_copy)
+        scratch.rename(kept)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return kept
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _warm_up(settings: Settings, domain: Domain, server: Server) -> None:
+    """Sends one request: the first use of a tool set compiles its grammar, which no client should wait for."""
+    from taskagent_platform.evaluation.client import request_body
+
+    messages = [*domain.system_messages(datetime.now()), {"role": "user", "content": "Hello!"}]
+    body = request_body(server.name, messages, domain.openai_tools(), max_tokens=settings.serving.max_tokens)
+    request = urllib.request.Request(
+        f"{server.base_url}/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    # A proxy of the environment is not asked for this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(request, timeout=_WARM_UP_TIMEOUT_S).close()
+    except OSError as error:
+        raise PlatformError(
+            f"The model server started but does not answer a request ({error}); look at {server.log_file}."
+        ) from error
+
+
+def _runs_as_set(settings: Settings, server: Server) -> bool:
+    """Tells whether a server was started with the arguments that the settings ask for now."""
+    wanted = server_command(settings, server.model_folder, name=server.name, host=server.host, port=server.port)
+    try:
+        return psutil.Process(server.pid).cmdline()[-len(wanted) :] == wanted
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def _domain_status(settings: Settings, active: ActiveDeployments, domain: str) -> DomainStatus:
+    deployments = active.domains.get(domain)
+    alive = {server.model_digest: server for server in _servers(settings, domain) if server_is_alive(server)}
+    deployed = [] if deployments is None else [d for d in (deployments.active, deployments.previous) if d is not None]
+    healthy = [(d.model_digest in alive and server_is_healthy(alive[d.model_digest])) for d in deployed]
+    others = {digest: server for digest, server in alive.items() if digest not in {d.model_digest for d in deployed}}
+    return DomainStatus(
+        domain=domain,
+        deployments=deployments,
+        active_is_healthy=bool(healthy) and healthy[0],
+        previous_is_ready=len(healthy) > 1 and healthy[1],
+        others=tuple(others.values()),
+    )
+
+
+def _servers(settings: Settings, domain: str) -> Iterator[Server]:
+    """Yields the recorded servers of a domain, running or not."""
+    for record_file in sorted(_servers_folder(settings, domain).glob("*.json")):
+        server = read_server(record_file)
+        if server is not None:
+            yield server
+
+
+def _server_folders(settings: Settings) -> list[Path]:
+    return sorted((settings.home / settings.profile).glob("*/servers"))
+
+
+def _servers_folder(settings: Settings, domain: str) -> Path:
+    return settings.folder(domain) / "servers"
+
+
+def _kept_folder(settings: Settings, domain: str) -> Path:
+    return settings.folder(domain) / "deployments"
