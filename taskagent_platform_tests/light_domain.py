@@ -1,7 +1,7 @@
 """A domain of three tools, for tests that must not depend on a real one."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -85,8 +85,8 @@ class LightDomain(Domain):
     agent_name = "Lamp"
     agent_requests = (("List the lights", "list_lights"),)
     sources = ()
-    suites: tuple[Path, ...] = ()  # type: ignore[assignment]
-    development_suites: tuple[Path, ...] = ()  # type: ignore[assignment]
+    suites: tuple[Path, ...] = ()
+    development_suites: tuple[Path, ...] = ()
     tools = (
         Tool("set_light", "set a room's light", SetLight),
         Tool("list_lights", "show lamps", ListLights),
@@ -101,7 +101,7 @@ class LightDomain(Domain):
     def backend(self, now: datetime, fixture: str = "default") -> LightBackend:
         return LightBackend(fixture)
 
-    def generate(self, source: str, count: int, seed: int) -> Iterator[Example]:
+    def generate(self, source: str, count: int, seed: int, moments: Sequence[datetime]) -> Iterator[Example]:
         return iter(())
 
 

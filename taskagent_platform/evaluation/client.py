@@ -15,7 +15,7 @@ from taskagent_platform.evaluation.scoring import Conversation, Executed, Replay
 from taskagent_platform.evaluation.suite import Case
 
 if TYPE_CHECKING:  # the package takes a second to import; listing assets or printing help must not wait for it
-    from openai import AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
 CaseProgress = Callable[[int, int], None]
 """Is told how many cases are done, and of how many."""
@@ -142,6 +142,8 @@ def clear_errors(endpoint: Endpoint) -> Iterator[None]:
         ContextExceededError: the conversation is longer than the server takes.
         PlatformError: anything else that the client complains about.
     """
+    import openai
+
     url = endpoint.base_url
     try:
         yield
@@ -158,7 +160,7 @@ def clear_errors(endpoint: Endpoint) -> Iterator[None]:
         raise PlatformError(f"{url} does not answer ({type(cause).__name__}: {cause}).") from error
 
 
-def _reason(error: openai.APIStatusError) -> str:
+def _reason(error: "APIStatusError") -> str:
     said = error.body.get("message") if isinstance(error.body, dict) else None
     return str(said or error.message)
 
@@ -175,8 +177,6 @@ async def ask(
     Raises:
         PlatformError: the endpoint does not answer or refuses the request.
     """
-    import openai
-
     body = request_body(endpoint.model, messages, tools, max_tokens=endpoint.max_tokens)
     try:
         with clear_errors(endpoint):

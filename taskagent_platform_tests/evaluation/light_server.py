@@ -43,18 +43,18 @@ class LightServer:
         finally:
             self.running -= 1
         if self.failures:
-            status, message = self.failures.pop(0)
-            return JSONResponse({"error": {"message": message}}, status)
+            status, said = self.failures.pop(0)
+            return JSONResponse({"error": {"message": said}}, status)
         if body.get("stream"):
             return StreamingResponse(_stream(), media_type="text/event-stream")
         users = [index for index, message in enumerate(body["messages"]) if message["role"] == "user"]
-        said = [m for m in body["messages"][users[-1] :] if m["role"] == "assistant"]
+        earlier = [m for m in body["messages"][users[-1] :] if m["role"] == "assistant"]
         turns = self.turns.get(body["messages"][users[-1]]["content"], ["All right."])
-        turn = turns[min(len(said), len(turns) - 1)]
+        turn = turns[min(len(earlier), len(turns) - 1)]
         message: dict[str, Any] = {"role": "assistant", "content": turn if isinstance(turn, str) else None}
         if not isinstance(turn, str):
             message["tool_calls"] = [
-                {"id": f"c{len(said)}_{i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
+                {"id": f"c{len(earlier)}_{i}", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
                 for i, (n, a) in enumerate(turn)
             ]
         choice = {"index": 0, "message": message, "finish_reason": "stop"}

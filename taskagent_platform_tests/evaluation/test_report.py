@@ -26,7 +26,8 @@ def record(list_name: str, number: int, passed: bool, attempted: int = 1, valid:
     return CaseRecord.model_validate(
         {
             "id": f"{list_name}{number}", "list_name": list_name, "category": "c", "input": "x",
-            "now": "2024-01-15T09:00",            "verdict": "right" if passed else "wrong_tool", "passed": passed, "faults": (), "expected": (), "got": (),
+            "now": "2024-01-15T09:00", "verdict": "right" if passed else "wrong_tool", "passed": passed,
+            "faults": (), "expected": (), "got": (),
             "text": "", "attempted": attempted, "valid": valid, "extra_reads": 0, "turns": 1,
         }
     )  # fmt: skip

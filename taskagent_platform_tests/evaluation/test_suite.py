@@ -11,7 +11,7 @@ from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.suite import ExpectedValue, Source, Suite, load_suite
 from taskagent_platform_tests.light_domain import LIGHTS
 
-FULL = {
+FULL: dict[str, Any] = {
     "tool_selection": [{"input": "light up", "expected_tool": "set_light", "category": "set"}],
     "argument_extraction": [
         {
@@ -94,7 +94,7 @@ def test_limited_spreads_over_each_list(tmp_path: Path) -> None:
 
 
 def bad(list_name: str, **changes: Any) -> dict[str, Any]:
-    case = {**FULL[list_name][0], **changes}  # type: ignore[dict-item]
+    case = {**FULL[list_name][0], **changes}
     return {list_name: [{k: v for k, v in case.items() if v is not ...}]}
 
 
