@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -23,10 +24,13 @@ _POLL_S = 1.0
 _PATIENCE_S = 15.0
 _CREATE_TIME_TOLERANCE_S = 1.0
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(record_file: Path, command: list[str]) -> int:
     """Runs the command and returns its exit status, or 143 when it was ended with its owner."""
+    # Workers whose parent was killed come to this process, which ends and reaps them.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     child = subprocess.Popen(command, preexec_fn=_die_with_parent)
 
     def forward(signum: int, _frame: FrameType | None) -> None:
@@ -41,6 +45,7 @@ def main(record_file: Path, command: list[str]) -> int:
             if not _is_wanted(record_file):
                 print("The process that this model server was started for is gone: ending it.", flush=True)
                 _end(child)
+    _end_orphans()
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -67,8 +72,20 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
+def _end_orphans() -> None:
+    orphans = psutil.Process().children(recursive=True)
+    for orphan in orphans:
+        with suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    psutil.wait_procs(orphans, timeout=_PATIENCE_S)
+
+
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 if __name__ == "__main__":

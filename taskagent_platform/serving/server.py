@@ -393,7 +393,7 @@ def _wait_until_healthy(
             return
         if elapsed > timeout_s:
             raise PlatformError(
-                f"The model server did not answer within {timeout_s:.0f} s; look at {server.log_file}, or raise "
+                f"The model server did not answer within {timeout_s:g} s; look at {server.log_file}, or raise "
                 "TASKAGENT_SERVING__START_TIMEOUT_S on a slow machine."
             )
         if on_progress is not None and elapsed - told >= _PROGRESS_EVERY_S:
