@@ -275,6 +275,18 @@ def stop_all(settings: Settings) -> list[str]:
     return told
 
 
+def copy_model(source: Path, target: Path) -> None:
+    """Copies a model's folder; files are shared with the original where the file system can link them."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
 @contextmanager
 def _running(
     settings: Settings,
@@ -352,7 +364,7 @@ def _promote(settings: Settings, deployment: Deployment, server: Server) -> None
 
 
 def _keep_model(settings: Settings, domain: str, merged_folder: Path, model: Manifest) -> Path:
-    """Returns the deployment's own copy of the model; files are shared with the original where links are possible.
+    """Returns the deployment's own copy of the model.
 
     The next training replaces the original; a restart or a rollback must find what was deployed.
     """
@@ -367,18 +379,11 @@ def _keep_model(settings: Settings, domain: str, merged_folder: Path, model: Man
     kept.parent.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_name(f".{kept.name}.{uuid4().hex[:8]}.partial")
     try:
-        shutil.copytree(merged_folder, scratch, copy_function=_link_or_copy)
+        copy_model(merged_folder, scratch)
         scratch.rename(kept)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return kept
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _warm_up(settings: Settings, domain: Domain, server: Server) -> None:
@@ -402,7 +407,8 @@ def _warm_up(settings: Settings, domain: Domain, server: Server) -> None:
 
 def _runs_as_set(settings: Settings, server: Server) -> bool:
     """Tells whether a server was started with the arguments that the settings ask for now."""
-    wanted = server_command(settings, server.model_folder, name=server.name, host=server.host, port=server.port)
+    # Without the interpreter, which has several names in one environment.
+    _, *wanted = server_command(settings, server.model_folder, name=server.name, host=server.host, port=server.port)
     try:
         return psutil.Process(server.pid).cmdline()[-len(wanted) :] == wanted
     except (psutil.NoSuchProcess, psutil.AccessDenied):
