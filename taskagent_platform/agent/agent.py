@@ -60,8 +60,6 @@ def build_agent(
         tools=[_function_tool(tool, executor) for tool in domain.tools],
         model=OpenAIChatCompletionsModel(model=endpoint.model, openai_client=client),
         model_settings=ModelSettings(temperature=0, max_tokens=endpoint.max_tokens),
-        # A tool choice of "auto" that the SDK resets after a call would change the body between turns.
-        reset_tool_choice=False,
     )
 
 
@@ -73,7 +71,7 @@ async def run_agent(
     A refused call ends the conversation: a small model told of a refusal may still claim that the thing is done.
 
     Raises:
-        PlatformError: the endpoint does not answer, refuses the request, or answers with what is no answer.
+        PlatformError: the endpoint does not answer or refuses the request.
     """
 
     async def note_digest(response: Any) -> None:
@@ -117,7 +115,8 @@ async def run_agent(
         except openai.APIStatusError as error:
             raise PlatformError(f"{endpoint.base_url} answered {error.status_code}: {error.message}") from error
         except ModelBehaviorError as error:
-            raise PlatformError(f"The model's answer cannot be used: {error}") from error
+            # An empty answer, or one cut off before its first word: the model's fault, not the platform's.
+            text = f"The model gave no usable answer: {error}"
         except UserError as error:
             # The SDK wraps what a tool raises; the sentence meant for the user is the cause.
             if isinstance(error.__cause__, PlatformError):

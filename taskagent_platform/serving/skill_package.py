@@ -144,8 +144,8 @@ def _skill(
         "tools_to_confirm": [tool.name for tool in domain.tools if tool.destructive],
         "metrics": metrics,
         "measured": {
-            "on": ", ".join(hardware.gpus) or f"{hardware.cores} cores of {hardware.processor}",
-            "at": report.started.isoformat(timespec="seconds"),
+            "hardware": ", ".join(hardware.gpus) or f"{hardware.cores} cores of {hardware.processor}",
+            "started": report.started.isoformat(timespec="seconds"),
             "suite_digest": report.suite_digest,
             "settings": dict(report.settings),
         },
@@ -166,7 +166,7 @@ def _compose(settings: Settings, domain: Domain) -> dict[str, Any]:
                 "command": [
                     "--model", _CONTAINER_MODEL, "--served-model-name", model_name(settings, domain.name),
                     "--host", "0.0.0.0", "--port", str(_CONTAINER_PORT),
-                    "--max-model-len", str(settings.serving.max_model_len),
+                    "--max-model-len", str(settings.serving.max_model_len), "--dtype", settings.serving.dtype,
                     "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
                     "--chat-template", f"{_CONTAINER_MODEL}/{TEMPLATE_FILE}", "--enable-prefix-caching",
                 ],
@@ -208,7 +208,7 @@ def _card(merged_folder: Path, skill: Mapping[str, Any]) -> str:
     for name, metric in skill["metrics"].items():
         if name == "latency_ms":
             figures = (
-                f"p95 {metric['p95']} ms on {skill['measured']['on']}",
+                f"p95 {metric['p95']} ms on {skill['measured']['hardware']}",
                 str(metric["n"]),
                 "",
                 (f"< {metric['budget_p95']} ms (specification: < {metric['specification_p95']} ms)"),

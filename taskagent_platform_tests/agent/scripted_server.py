@@ -44,7 +44,8 @@ class ScriptedServer:
                 {"id": f"call_{number}_{index}", "type": "function", "function": function}
                 for index, function in enumerate(calls)
             ]
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}
+        reason = "tool_calls" if calls else "stop" if text else "length"
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         body = {"id": f"c{number}", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
         return JSONResponse(body, headers={"x-model-digest": self._digest})
 

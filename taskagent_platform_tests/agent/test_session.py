@@ -192,6 +192,12 @@ def test_a_model_that_never_stops_calling_is_stopped(settings: Settings, run: Ca
     assert len(answer.calls) == 3
 
 
+def test_an_answer_cut_off_before_its_first_word_is_an_answer_without_calls(run: Callable[..., Any]) -> None:
+    answer, shown = run(ScriptedServer(""))
+    assert answer.calls == ()
+    assert shown.startswith("The model gave no usable answer: ")
+
+
 def test_text_of_models_and_tools_cannot_drive_the_terminal(run: Callable[..., Any]) -> None:
     evil = "\x1b[2Jgone\u202e"
     _, shown = run(ScriptedServer([call("create_task", title=evil)], f"Created {evil}\nfine"))

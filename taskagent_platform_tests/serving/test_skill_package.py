@@ -79,6 +79,7 @@ def test_the_compose_file_serves_it_on_one_gpu_read_only_and_on_loopback(
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     command = " ".join(service["command"])
     assert "--enable-auto-tool-choice --tool-call-parser hermes --chat-template /model/chat_template.jinja" in command
+    assert "--dtype float32" in command
     assert "--model /model --served-model-name task_api" in command
 
 
