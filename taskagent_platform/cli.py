@@ -168,7 +168,7 @@ def status() -> None:
                 typer.echo(f"  deployed past its gates: {active.override_reason}")
             for gate in active.gates:
                 verdict = "PASS" if gate.passed else "FAIL"
-                typer.echo(f"  {verdict} {gate.name}: {_number(gate.measured)} (target {gate.target:g})")
+                typer.echo(f"  {verdict} {gate.name}: {_number(gate.value)} (target {gate.target:g})")
             healthy = healthy and of_domain.active_is_healthy
             if deployments.previous is not None:
                 ready = "ready" if of_domain.previous_is_ready else "stopped, started by a rollback"

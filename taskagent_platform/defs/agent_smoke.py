@@ -6,7 +6,7 @@ import dagster as dg
 
 from taskagent_platform.agent.session import agent_smoke as run_smoke
 from taskagent_platform.defs.figures import table
-from taskagent_platform.defs.keys import AssetOptions, asset_key, asset_options
+from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.settings import GateSettings
@@ -35,7 +35,7 @@ def agent_smoke(domain: Domain) -> dg.AssetsDefinition:
         blocking=True,
     )
 
-    @dg.asset(**asset_options(domain, options), check_specs=[spec])
+    @domain_asset(domain, options, [spec])
     def smoke(context: dg.AssetExecutionContext, platform: Platform) -> Iterator["dg.MaterializeResult[None]"]:
         with platform.stage(context, domain) as stage:
             report = run_smoke(stage.settings, domain)

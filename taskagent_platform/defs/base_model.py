@@ -3,7 +3,7 @@
 import dagster as dg
 
 from taskagent_platform.artifacts import code_version, find_artifact
-from taskagent_platform.defs.keys import AssetOptions, asset_options
+from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.training.base_model import KIND, base_model_settings, prepare_base_model
@@ -19,7 +19,7 @@ def base_model(domain: Domain) -> dg.AssetsDefinition:
         code=("training",),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def model(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             folder = stage.folder()

@@ -10,7 +10,7 @@ import dagster as dg
 
 from taskagent_platform.artifacts import Manifest, code_version, digest_of, find_artifact, new_artifact, read_manifest
 from taskagent_platform.defs.figures import table
-from taskagent_platform.defs.keys import AssetOptions, asset_key, asset_options
+from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import TrackedRun, Tracking
 from taskagent_platform.domains.base import Domain
@@ -53,7 +53,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
         code=("evaluation",),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def report(
         context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
     ) -> "dg.MaterializeResult[None]":
@@ -105,7 +105,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
         code=("evaluation", "serving/server.py"),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def report(
         context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
     ) -> "dg.MaterializeResult[None]":
@@ -302,9 +302,9 @@ def _gate_description(name: str) -> str:
 
 def _gate_metadata(gate: GateResult) -> dict[str, Any]:
     metadata: dict[str, Any] = {"measured": _measured(gate), "target": _target(gate), "n": gate.n}
-    if gate.measured is not None:
+    if gate.value is not None:
         metadata["margin"] = _margin(gate)
-        metadata["value"] = gate.measured
+        metadata["value"] = gate.value
     if gate.interval is not None:
         low, high = gate.interval
         metadata["interval_95"] = f"{low:.1%} to {high:.1%}"
@@ -316,9 +316,9 @@ def _passes(gate: GateResult) -> str:
 
 
 def _measured(gate: GateResult) -> str:
-    if gate.measured is None:
+    if gate.value is None:
         return "not measured"
-    return f"{gate.measured:.0f} ms" if gate.name == LATENCY_GATE else f"{gate.measured:.1%}"
+    return f"{gate.value:.0f} ms" if gate.name == LATENCY_GATE else f"{gate.value:.1%}"
 
 
 def _target(gate: GateResult) -> str:
@@ -326,10 +326,10 @@ def _target(gate: GateResult) -> str:
 
 
 def _margin(gate: GateResult) -> str:
-    assert gate.measured is not None
+    assert gate.value is not None
     if gate.name == LATENCY_GATE:
-        return f"{gate.target - gate.measured:+.0f} ms"
-    return f"{(gate.measured - gate.target) * 100:+.1f} points"
+        return f"{gate.target - gate.value:+.0f} ms"
+    return f"{(gate.value - gate.target) * 100:+.1f} points"
 
 
 def _percent(rate: float | None) -> str:

@@ -1,6 +1,6 @@
 """Names in the asset graph: every domain has the same stages, under its own prefix."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import dagster as dg
@@ -34,15 +34,24 @@ class AssetOptions(NamedTuple):
     code: tuple[str, ...]
 
 
-def asset_options(domain: Domain, options: AssetOptions) -> dict[str, Any]:
-    """Returns the arguments of ``dg.asset`` for one of a domain's stages."""
-    return {
-        "key": asset_key(domain, options.name),
-        "deps": [asset_key(domain, dep) for dep in options.deps],
-        "group_name": domain.name,
-        "kinds": options.kinds,
-        "owners": [OWNER],
-        "tags": {"domain": domain.name},
-        "description": options.description,
-        "code_version": code_version(*options.code)[:16],
-    }
+def domain_asset(
+    domain: Domain, options: AssetOptions, check_specs: Sequence[dg.AssetCheckSpec] = ()
+) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
+    """Returns the decorator that makes a function one of a domain's assets.
+
+    Args:
+        domain: whose asset; the prefix of its key, and its group.
+        options: what it declares.
+        check_specs: checks that the function itself evaluates.
+    """
+    return dg.asset(
+        key=asset_key(domain, options.name),
+        deps=[asset_key(domain, dep) for dep in options.deps],
+        group_name=domain.name,
+        kinds=options.kinds,
+        owners=[OWNER],
+        tags={"domain": domain.name},
+        description=options.description,
+        code_version=code_version(*options.code)[:16],
+        check_specs=check_specs,
+    )

@@ -1,5 +1,6 @@
 """The LoRA adapter: training, watched live, and the check that it converged."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
@@ -8,7 +9,7 @@ from taskagent_platform.artifacts import Manifest, code_version, find_artifact
 from taskagent_platform.data.training_dataset import EVALUATION_FILE, TRAIN_FILE
 from taskagent_platform.data.training_dataset import KIND as DATASET
 from taskagent_platform.defs.figures import loss_curve
-from taskagent_platform.defs.keys import AssetOptions, asset_key, asset_options
+from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import MODEL_TAG, Tracking
 from taskagent_platform.domains.base import Domain
@@ -37,7 +38,7 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
         code=("training",),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def adapter(
         context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
     ) -> "dg.MaterializeResult[None]":
@@ -111,10 +112,10 @@ def lora_adapter_checks(domain: Domain) -> dg.AssetChecksDefinition:
     ]
 
     @dg.multi_asset_check(specs=specs, name=f"{domain.name}__lora_adapter_checks")
-    def checks(platform: Platform) -> tuple[dg.AssetCheckResult, dg.AssetCheckResult]:
+    def checks(platform: Platform) -> Iterator[dg.AssetCheckResult]:
         details = platform.finished(platform.settings(), domain, KIND).details
         final, fault = details["final_loss"], divergence(details["history"])
-        converged = dg.AssetCheckResult(
+        yield dg.AssetCheckResult(
             check_name="converged",
             asset_key=key,
             passed=final < CONVERGED_LOSS,
@@ -122,13 +123,12 @@ def lora_adapter_checks(domain: Domain) -> dg.AssetChecksDefinition:
             description=f"The training loss ends at {final:.4f}; the specification's bound is {CONVERGED_LOSS}.",
             metadata={"final_loss": final, "bound": CONVERGED_LOSS},
         )
-        steady = dg.AssetCheckResult(
+        yield dg.AssetCheckResult(
             check_name="no_divergence",
             asset_key=key,
             passed=fault is None,
             description=fault or "The training loss fell and the evaluation loss did not rise again.",
         )
-        return converged, steady
 
     return checks
 

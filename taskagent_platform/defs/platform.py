@@ -85,7 +85,7 @@ class Stage:
         )
 
 
-class Platform(dg.ConfigurableResource):
+class Platform(dg.ConfigurableResource[Any]):
     """The platform's settings, and one writer at a time in a domain's folder."""
 
     overrides: dict[str, Any] = Field(

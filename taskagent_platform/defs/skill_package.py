@@ -2,11 +2,11 @@
 
 import dagster as dg
 
-from taskagent_platform.defs.keys import AssetOptions, asset_options
+from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.serving.gates import REPORT_KIND
-from taskagent_platform.serving.skill_package import KIND, make_skill_package
+from taskagent_platform.serving.skill_package import KIND, SKILL_FILE, make_skill_package
 from taskagent_platform.training.merge import KIND as MERGED
 
 
@@ -21,13 +21,13 @@ def skill_package(domain: Domain) -> dg.AssetsDefinition:
         code=("serving", "domains"),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def package(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             manifest, reused = make_skill_package(
                 stage.settings, domain, stage.folder(MERGED), stage.folder(REPORT_KIND), stage.folder()
             )
-            skill = (stage.folder() / "skill.yaml").read_text()
+            skill = (stage.folder() / SKILL_FILE).read_text()
             return stage.result(manifest, reused=reused, skill=dg.MetadataValue.md(f"```yaml\n{skill}\n```"))
 
     return package

@@ -4,7 +4,7 @@ import dagster as dg
 
 from taskagent_platform.data.distribution import Distribution
 from taskagent_platform.data.source import make_source
-from taskagent_platform.defs.keys import AssetOptions, asset_options
+from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 
@@ -20,7 +20,7 @@ def source_dataset(domain: Domain, source: str) -> dg.AssetsDefinition:
         code=("data", "domains"),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def dataset(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             manifest, reused = make_source(stage.settings, domain, source, stage.folder())

@@ -72,7 +72,7 @@ class TrackedRun:
         self._client.log_artifact(self.run_id, str(path))
 
 
-class Tracking(dg.ConfigurableResource):
+class Tracking(dg.ConfigurableResource[Any]):
     """Where MLflow's runs are kept."""
 
     tracking_uri: str = Field(

@@ -6,7 +6,7 @@ import dagster as dg
 
 from taskagent_platform.data.distribution import MIN_EXAMPLES, MIN_FOR_EACH_TOOL, SINGLE_SHARE, Distribution
 from taskagent_platform.data.training_dataset import KIND, make_training_dataset
-from taskagent_platform.defs.keys import AssetOptions, asset_key, asset_options
+from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.settings import Settings
@@ -31,7 +31,7 @@ def training_dataset(domain: Domain) -> dg.AssetsDefinition:
         code=("data", "domains"),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def dataset(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             sources = {name: stage.folder(name) for name in domain.sources}
@@ -69,14 +69,14 @@ def training_dataset_checks(domain: Domain) -> dg.AssetChecksDefinition:
         rare = {tool: count for tool, count in found.tool_usage.items() if count < MIN_FOR_EACH_TOOL}
         small = asked_for(settings) < MIN_EXAMPLES
         size_severity = dg.AssetCheckSeverity.WARN if small else dg.AssetCheckSeverity.ERROR
-        why = f"The settings ask for {asked_for(settings)} examples in all, so this is a warning only." if small else ""
+        why = f" The settings ask for {asked_for(settings)} examples, so faults of size only warn." if small else ""
         results = {
             "enough_examples": dg.AssetCheckResult(
                 check_name="enough_examples",
                 asset_key=key,
                 passed=found.total >= MIN_EXAMPLES,
                 severity=size_severity,
-                description=f"{found.total} examples, at least {MIN_EXAMPLES} are wanted. {why}".strip(),
+                description=f"{found.total} examples, at least {MIN_EXAMPLES} are wanted.{why}",
                 metadata={"examples": found.total, "wanted": MIN_EXAMPLES},
             ),
             "single_tool_share": dg.AssetCheckResult(
@@ -84,7 +84,7 @@ def training_dataset_checks(domain: Domain) -> dg.AssetChecksDefinition:
                 asset_key=key,
                 passed=_LOW <= found.single_share <= _HIGH,
                 severity=size_severity,
-                description=f"{found.single_share:.1%} of the examples make one call or none. {why}".strip(),
+                description=f"{found.single_share:.1%} of the examples make one call or none.{why}",
                 metadata={"single_tool": round(found.single_share, 4), "multi_tool": round(1 - found.single_share, 4)},
             ),
             "every_tool_used": dg.AssetCheckResult(
@@ -92,7 +92,7 @@ def training_dataset_checks(domain: Domain) -> dg.AssetChecksDefinition:
                 asset_key=key,
                 passed=not rare,
                 severity=size_severity,
-                description=(f"Too few calls: {rare}. {why}" if rare else "Every tool is called often enough.").strip(),
+                description=f"Too few calls: {rare}.{why}" if rare else "Every tool is called often enough.",
                 metadata=dict(found.tool_usage),
             ),
             "apart_from_evaluation": dg.AssetCheckResult(

@@ -4,7 +4,7 @@ import dagster as dg
 from pydantic import Field
 
 from taskagent_platform.defs.figures import table
-from taskagent_platform.defs.keys import AssetOptions, asset_options
+from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.serving.active import endpoint_url
@@ -37,7 +37,7 @@ def vllm_endpoint(domain: Domain) -> dg.AssetsDefinition:
         code=("serving",),
     )
 
-    @dg.asset(**asset_options(domain, options))
+    @domain_asset(domain, options)
     def endpoint(
         context: dg.AssetExecutionContext, platform: Platform, config: EndpointConfig
     ) -> "dg.MaterializeResult[None]":
@@ -50,7 +50,7 @@ def vllm_endpoint(domain: Domain) -> dg.AssetsDefinition:
                 override_reason=config.override_reason or None,
                 on_progress=stage.say,
             )
-            gates = [(g.name, g.measured, g.target, "PASS" if g.passed else "FAIL") for g in deployed.gates]
+            gates = [(g.name, g.value, g.target, "PASS" if g.passed else "FAIL") for g in deployed.gates]
             url = endpoint_url(stage.settings)
             overridden = {"override_reason": deployed.override_reason, "refusals": "\n".join(deployed.refusals)}
             stage.say(f"{deployed.model_name} {deployed.model_digest[:12]} is served at {url}.")

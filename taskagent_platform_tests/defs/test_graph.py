@@ -1,0 +1,131 @@
+"""The asset graph as Dagster loads it, and what loading it costs."""
+
+import json
+import subprocess
+import sys
+
+import dagster as dg
+
+from taskagent_platform.definitions import defs
+
+GRAPH = {
+    "structured_outputs": [],
+    "function_calling": [],
+    "multi_tool": [],
+    "training_dataset": ["function_calling", "multi_tool", "structured_outputs"],
+    "base_model": [],
+    "base_eval_report": ["base_model"],
+    "lora_adapter": ["base_model", "training_dataset"],
+    "merged_model": ["base_model", "lora_adapter"],
+    "eval_report": ["base_eval_report", "merged_model"],
+    "vllm_endpoint": ["eval_report", "merged_model"],
+    "agent_smoke": ["vllm_endpoint"],
+    "skill_package": ["eval_report", "merged_model", "vllm_endpoint"],
+}
+# Each check, and whether it blocks what comes after.
+CHECKS = {
+    "training_dataset": {
+        "enough_examples": True,
+        "single_tool_share": True,
+        "every_tool_used": True,
+        "apart_from_evaluation": True,
+    },
+    "lora_adapter": {"converged": False, "no_divergence": True},
+    "merged_model": {"answers_as_base_and_adapter": True},
+    "eval_report": {
+        "tool_selection": True,
+        "argument_extraction": True,
+        "json_validity": True,
+        "multi_tool": True,
+        "latency_p95_ms": True,
+    },
+    "agent_smoke": {"calls_the_right_tools": True},
+}
+HEAVY = ("torch", "transformers", "trl", "peft", "unsloth", "vllm", "ray", "datasets", "mlflow", "matplotlib", "openai")
+LOADING_CPU_S = 3.0
+
+
+def test_the_graph_of_a_domain_is_the_drawn_one():
+    graph = defs.resolve_asset_graph()
+    found = {
+        key.path[1]: sorted(parent.path[1] for parent in graph.get(key).parent_keys)
+        for key in graph.get_all_asset_keys()
+        if key.path[0] == "task_api"
+    }
+    assert found == GRAPH
+
+
+def test_every_asset_says_what_it_is():
+    for spec in defs.resolve_all_asset_specs():
+        assert spec.group_name == spec.key.path[0]
+        assert spec.tags["domain"] == spec.key.path[0]
+        assert spec.description
+        assert spec.kinds
+        assert spec.owners
+
+
+def test_the_checks_and_which_of_them_block():
+    found: dict[str, dict[str, bool]] = {}
+    graph = defs.resolve_asset_graph()
+    for spec in map(graph.get_check_spec, graph.asset_check_keys):
+        if spec.asset_key.path[0] == "task_api":
+            found.setdefault(spec.asset_key.path[1], {})[spec.name] = spec.blocking
+            assert spec.description
+    assert found == CHECKS
+
+
+def test_the_job_holds_every_asset_and_every_check():
+    layer = defs.resolve_job_def("retrain").asset_layer
+    assert {key.path[1] for key in layer.selected_asset_keys} == set(GRAPH)
+    assert {(key.asset_key.path[1], key.name) for key in layer.asset_check_keys} == {
+        (asset, name) for asset, names in CHECKS.items() for name in names
+    }
+
+
+def test_the_nightly_schedule_is_off_until_somebody_switches_it_on():
+    schedule = defs.resolve_schedule_def("retrain_nightly")
+    assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
+    assert schedule.job_name == "retrain"
+
+
+def test_an_unchanged_platform_is_not_retrained_at_night(monkeypatch, tmp_path):
+    from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
+    from taskagent_platform.settings import load_settings
+
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
+    nightly = defs.resolve_schedule_def("retrain_nightly")
+    with dg.instance_for_test() as instance:
+
+        def evaluate():
+            return nightly.evaluate_tick(dg.build_schedule_context(instance))
+
+        assert len(evaluate().run_requests) == 1
+        instance.create_run_for_job(
+            defs.resolve_job_def("retrain"),
+            status=dg.DagsterRunStatus.SUCCESS,
+            tags={FINGERPRINT_TAG: fingerprint(load_settings())},
+        )
+        assert "same as in run" in evaluate().skip_message
+        # Another setting that decides the outcome is a reason to retrain; another port is none.
+        monkeypatch.setenv("TASKAGENT_PORTS__DAGSTER", "4999")
+        assert not evaluate().run_requests
+        monkeypatch.setenv("TASKAGENT_TRAINING__EPOCHS", "2")
+        assert len(evaluate().run_requests) == 1
+
+
+def test_loading_the_definitions_is_cheap():
+    program = (
+        "import json, resource, sys\n"
+        "import taskagent_platform.definitions\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print(json.dumps([used.ru_utime + used.ru_stime, sorted(sys.modules)]))\n"
+    )
+    # The first run may have to compile sources, which happens once.
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    cpu_s, modules = json.loads(done.stdout)
+    assert not [name for name in modules if name.split(".")[0] in HEAVY]
+    # Processor time, because a busy machine stretches the clock's.
+    if not sys.dont_write_bytecode:
+        assert cpu_s < LOADING_CPU_S
