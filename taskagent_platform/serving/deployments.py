@@ -38,6 +38,7 @@ from taskagent_platform.serving.gateway_process import GatewayProcess, running_g
 from taskagent_platform.serving.server import (
     Progress,
     Server,
+    check_port,
     detach,
     read_server,
     server_command,
@@ -299,13 +300,16 @@ def _running(
 ) -> Iterator[Server]:
     """Yields a healthy server of the model behind a running gateway; ends what it started if the block fails."""
     gateway_ran = running_gateway(settings) is not None
+    if not gateway_ran:
+        check_port(settings.serving.host, settings.serving.port)
     started: Server | None = None
     try:
-        start_gateway(settings)
         server = find_server(settings, domain.name, digest, any_settings=any_settings)
         if server is None:
             server = started = _start(settings, domain, digest, model_folder, on_progress)
             _warm_up(settings, domain, server)
+        # Last, because it outlives this process at once; a server that is not detached yet does not.
+        start_gateway(settings)
         yield server
     except BaseException:
         if started is not None:
