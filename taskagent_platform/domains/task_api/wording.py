@@ -208,8 +208,8 @@ class Wording:
             text = f"in {number} days" if self.rng.random() < 0.75 else f"{number} days from now"
             return text, self._days[f"in {days} days"]
         if kind < 0.8:
-            texts = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
-            return self.rng.choice(texts), self._days["in a week"]
+            week = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
+            return self.rng.choice(week), self._days["in a week"]
         texts = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
         return self.rng.choice(texts), self._days["in two weeks"]
 
@@ -296,7 +296,7 @@ class Wording:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 300))
             day_text = str(day)
         clock, value = self._clock()
-        dated = day_text[:1].isupper() or day_text[:1].isdigit() or day_text.startswith("the ") and "of" in day_text
+        dated = day_text[:1].isupper() or day_text[:1].isdigit() or (day_text.startswith("the ") and "of" in day_text)
         on = "on " if dated else ""
         texts = [f"{on}{day_text} at {clock}", f"{on}{day_text} at {clock}", f"at {clock} {on}{day_text}"]
         texts.append(f"{day_text} {clock}" if clock[:1].isdigit() and not day_text[-1:].isdigit() else texts[0])
