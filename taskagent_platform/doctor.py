@@ -200,10 +200,10 @@ def check_endpoint_port(settings: Settings) -> Check:
 def _check_page(page: str, port: int, variable: str) -> Check:
     name = f"{page} port"
     try:
-        check_port(LOOPBACK, port)
+        check_port(LOOPBACK, port, variable)
     except PlatformError as error:
-        found = str(error).partition("; ")[0]
-        return Check(name, "warning", found, f"if that is not {page}'s own page, set {variable} to another port")
+        found, _, remedy = str(error).rstrip(".").partition("; ")
+        return Check(name, "warning", found, f"nothing, if that is the platform's own page; else {remedy}")
     return Check(name, "ok", f"{LOOPBACK}:{port} is free")
 
 
