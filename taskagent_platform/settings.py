@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -62,7 +63,8 @@ class TrainingSettings(_Section):
     optimizer: str = "adamw_8bit"
     max_length: int = Field(4096, ge=64, description="tokens of the longest example; a longer one is an error")
     packing: Literal["none", "prefix", "trl"] = Field(
-        "none", description="none: one example a sequence; prefix: examples share their common beginning; trl: TRL's own"
+        "none",
+        description="none: one example a sequence; prefix: examples share their common beginning; trl: TRL's own",
     )
     pack_examples: int = Field(16, ge=1, description="examples in one prefix-shared pack")
     log_every: int = Field(25, ge=1, description="steps between logged losses")
@@ -222,7 +224,11 @@ def load_settings(**overrides: Any) -> Settings:
     profile = os.environ.get("TASKAGENT_PROFILE") or written.get("profile") or detect_profile()
     if profile not in _PROFILES:
         raise PlatformError(f"There is no profile {profile!r}; TASKAGENT_PROFILE takes {', '.join(_PROFILES)}.")
-    values = _merge(_PROFILES[profile], {**written, "profile": profile, "home": home})
+    defaults = _PROFILES[profile]
+    if find_spec("arctic_inference") is None:
+        # `make env` leaves it out where nothing can compile it; without it no server speculates.
+        defaults = _merge(defaults, {"serving": {"speculation": False}})
+    values = _merge(defaults, {**written, "profile": profile, "home": home})
     try:
         return Settings(**values)
     except ValidationError as error:

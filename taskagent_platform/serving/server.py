@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
@@ -374,6 +375,9 @@ def _kv_cache_gib(settings: Settings) -> int:
 
 
 def _has_compiler() -> bool:
+    # What is compiled for the CPU includes Python's own header.
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return False
     return any(shutil.which(program) for program in (os.environ.get("CXX", ""), "g++", "clang++") if program)
 
 

@@ -1,0 +1,72 @@
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from taskagent_platform import settings as module
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.settings import detect_profile, load_settings
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.delenv("TASKAGENT_PROFILE", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
+def test_every_profile_loads_and_keeps_its_data_apart(profile: str, home: Path) -> None:
+    settings = load_settings(profile=profile)
+    assert settings.folder("task_api") == home.resolve() / profile / "task_api"
+
+
+def test_the_environment_wins_over_the_callers_values_and_those_over_the_file(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "settings.yaml").write_text("profile: smoke\nserving: {port: 1111, max_tokens: 99}\ntraining: {rank: 4}\n")
+    monkeypatch.setenv("TASKAGENT_SERVING__PORT", "3333")
+    settings = load_settings(serving={"port": 2222, "max_tokens": 77})
+    assert settings.profile == "smoke"
+    assert (settings.serving.port, settings.serving.max_tokens, settings.training.rank) == (3333, 77, 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ("serving: {prot: 1}", r"serving\.prot = 1"),
+        ("serving: {port: 99999}", r"serving\.port = 99999"),
+        ("profile: fast", "There is no profile 'fast'"),
+        ("- a list", "must hold a mapping"),
+        ("serving: {", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> None:
+    (home / "settings.yaml").write_text(written)
+    with pytest.raises(PlatformError, match=complaint):
+        load_settings()
+
+
+def test_the_gpu_profile_is_chosen_where_the_driver_lists_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    assert detect_profile() == "cpu"
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA L4'\n")
+    program.chmod(0o755)
+    assert detect_profile() == "gpu"
+    monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
+    assert load_settings().profile == "smoke"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_cpu_server_speculates_only_where_the_package_for_it_could_be_built(
+    installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModuleSpec("arctic_inference", None) if installed else None
+    monkeypatch.setattr(module, "find_spec", lambda name: spec)
+    assert load_settings(profile="cpu").serving.speculation is installed
+    assert load_settings(profile="cpu", serving={"speculation": True}).serving.speculation
