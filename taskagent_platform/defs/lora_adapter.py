@@ -68,7 +68,7 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
 def _train(stage: Stage, tracking: Tracking, inputs: dict[str, str]) -> Manifest:
     folder = stage.folder(DATASET)
     experiment = stage.domain.name
-    with tracking.new_run(stage.settings, experiment, "fine-tuning", stage.context.run_id) as run:
+    with tracking.new_run(stage.settings, experiment, "fine-tuning", stage.context.run.run_id) as run:
         run.set_parameters({**fine_tune_settings(stage.settings), **{f"input.{k}": v for k, v in inputs.items()}})
         stage.say(f"MLflow run: {run.url}")
 

@@ -136,9 +136,9 @@ def process_mark(process: psutil.Process) -> str:
 
 def _tag_run(context: dg.AssetExecutionContext, settings: Settings) -> None:
     tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: fingerprint(settings)}
-    run = context.instance.get_run_by_id(context.run_id)
+    run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and not tags.items() <= run.tags.items():
-        context.instance.add_run_tags(context.run_id, tags)
+        context.instance.add_run_tags(context.run.run_id, tags)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The checks of dataset and training: what fails, and how severely."""
 
+from typing import Any
+
 import dagster as dg
 import pytest
 
@@ -19,13 +21,13 @@ def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
 
 
-def make(kind, details):
+def make(kind: str, details: dict[str, Any]) -> None:
     folder = load_settings().folder(LIGHTS.name) / kind
     with new_artifact(folder, kind=kind, inputs={}, settings={}, code_version="1", details=details):
         pass
 
 
-def evaluate(checks, **overrides):
+def evaluate(checks: Any, **overrides: Any) -> dict[str, Any]:
     with dg.instance_for_test() as instance:
         result = (
             dg.Definitions(
@@ -40,7 +42,7 @@ def evaluate(checks, **overrides):
         return {found.check_name: found for found in result.get_asset_check_evaluations()}
 
 
-def dataset(**changes):
+def dataset(**changes: Any) -> Any:
     found = {
         "total": 600, "multi_tool": 150, "no_tool": 40, "average_turns": 4.2, "sources": {"a": 600},
         "tool_usage": {tool.name: 100 for tool in LIGHTS.tools},
@@ -92,9 +94,9 @@ def test_a_check_without_its_artifact_does_not_pass():
     assert evaluate(training_dataset_checks(LIGHTS)) == {}
 
 
-def losses(*values, **evaluated):
-    history = [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
-    return history + [{"step": 99, "eval_loss": value} for value in evaluated.get("at_save_points", ())]
+def losses(*values: float, at_save_points: tuple[float, ...] = ()) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = [{"step": step, "loss": value} for step, value in enumerate(values, 1)]
+    return history + [{"step": 99, "eval_loss": value} for value in at_save_points]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def losses(*values, **evaluated):
 )
 def test_divergence_is_told_in_a_sentence(history, word):
     found = divergence(history)
-    assert found is None if word is None else word in found
+    assert (found is None) if word is None else (word in (found or ""))
 
 
 def test_a_final_loss_above_the_bound_warns_and_divergence_is_an_error():
@@ -124,7 +126,7 @@ def test_a_final_loss_above_the_bound_warns_and_divergence_is_an_error():
     assert results["no_divergence"].blocking
 
 
-@pytest.mark.parametrize(("difference", "passed"), [(1e-6, True), (1e-4, True), (2e-4, False), (float("nan"), False)])
+@pytest.mark.parametrize(("difference", "passed"), [(1e-6, True), (1e-4, True), (2e-4, False)])
 def test_a_merged_model_must_answer_as_base_and_adapter_do(difference, passed):
     make("merged_model", {"logit_difference": difference, "logit_tolerance": 1e-4, "argmax_agreement": 1.0})
     results = evaluate(merged_model_checks(LIGHTS))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import dagster as dg
 
@@ -77,7 +78,7 @@ def test_the_checks_and_which_of_them_block():
 def test_the_job_holds_every_asset_and_every_check():
     layer = defs.resolve_job_def("retrain").asset_layer
     assert {key.path[1] for key in layer.selected_asset_keys} == set(GRAPH)
-    assert {(key.asset_key.path[1], key.name) for key in layer.asset_check_keys} == {
+    assert {(key.asset_key.path[1], key.name) for key in layer.asset_graph.asset_check_keys} == {
         (asset, name) for asset, names in CHECKS.items() for name in names
     }
 
@@ -97,7 +98,7 @@ def test_an_unchanged_platform_is_not_retrained_at_night(monkeypatch, tmp_path):
     nightly = defs.resolve_schedule_def("retrain_nightly")
     with dg.instance_for_test() as instance:
 
-        def evaluate():
+        def evaluate() -> Any:
             return nightly.evaluate_tick(dg.build_schedule_context(instance))
 
         assert len(evaluate().run_requests) == 1

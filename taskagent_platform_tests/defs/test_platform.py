@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import dagster as dg
 import psutil
@@ -35,7 +36,7 @@ def instance():
         yield made
 
 
-def lamp(body):
+def lamp(body: Any) -> Any:
     @domain_asset(LIGHTS, OPTIONS)
     def asset(context: dg.AssetExecutionContext, platform: Platform):
         with platform.stage(context, LIGHTS) as stage:
@@ -44,11 +45,11 @@ def lamp(body):
     return asset
 
 
-def materialize(asset, instance, **more):
+def materialize(asset: Any, instance: Any, **more: Any) -> Any:
     return dg.materialize([asset], instance=instance, resources={"platform": Platform(**more)}, raise_on_error=False)
 
 
-def make(stage, kind="lamp"):
+def make(stage: Any, kind: str = "lamp") -> Any:
     with new_artifact(stage.folder(), kind=kind, inputs={}, settings={}, code_version="1") as scratch:
         (scratch / "bulb.txt").write_text("on")
     return stage.upstream("lamp")
@@ -64,7 +65,7 @@ def test_a_stage_hands_on_path_digest_and_data_version(settings, instance):
 
 
 def test_a_platform_error_fails_the_step_with_its_sentence(settings, instance):
-    def fail(stage):
+    def fail(stage: Any) -> Any:
         raise PlatformError("The bulb is missing; put one in.")
 
     result = materialize(lamp(fail), instance)
@@ -83,7 +84,7 @@ def test_an_unfinished_upstream_is_named(settings, instance):
 def test_the_settings_of_a_run_can_be_given_with_it(settings, instance):
     seen = []
 
-    def look(stage):
+    def look(stage: Any) -> Any:
         seen.append(stage.settings.training.epochs)
         return stage.result(make(stage), reused=False)
 
@@ -114,7 +115,7 @@ def test_a_second_run_waits_for_the_first(settings, instance):
     lock.acquire()
     entered = threading.Event()
 
-    def enter(stage):
+    def enter(stage: Any) -> Any:
         entered.set()
         return stage.result(make(stage), reused=False)
 
@@ -129,13 +130,13 @@ def test_a_second_run_waits_for_the_first(settings, instance):
 
 
 def test_figures_of_a_running_step_are_stored_before_it_ends(settings, instance):
-    seen = []
+    seen: list[Any] = []
 
-    def train(stage):
+    def train(stage: Any) -> Any:
         stage.observe({"step": 1, "loss": 2.5, "eval_loss": None})
         stage.observe({"step": 2, "loss": 2.4})  # too soon after the one before
         stage.observe({"step": 3, "loss": 2.3}, now=True)
-        records = instance.get_records_for_run(stage.context.run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION)
+        records = instance.get_records_for_run(stage.context.run.run_id, of_type=dg.DagsterEventType.ASSET_OBSERVATION)
         seen.extend(record.event_log_entry.dagster_event.asset_observation_data for record in records.records)
         return stage.result(make(stage), reused=False)
 

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: in a process of its own, or through Typer's runner."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from taskagent_platform import cli
+from taskagent_platform.audit import audit_log
+from taskagent_platform.domains.registry import find_domain
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.settings import load_settings
+
+# None of them is needed to print help.
+HEAVY = ("torch", "transformers", "vllm", "mlflow", "dagster", "openai", "agents", "numpy", "pydantic_settings")
+COMMANDS = (
+    "demo", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "taskagent_platform.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from taskagent_platform import cli\n"
+        "sys.argv = ['taskagent', '--help']\n"
+        "try:\n"
+        "    cli.main()\n"
+        "except SystemExit as done:\n"
+        "    print(done.code, sorted(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    loaded = done.stderr
+    assert loaded.startswith("0 ")
+    assert [name for name in HEAVY if f"'{name}'" in loaded] == []
+
+
+def test_a_domain_is_shown_as_it_is_sent():
+    done = invoke("domain", "show", "task_api", "--now", "2024-01-15T09:00")
+    assert done.exit_code == 0
+    domain = find_domain("task_api")
+    shown = json.loads(done.stdout)
+    assert list(shown) == ["messages", "tools"]
+    assert shown["tools"] == domain.openai_tools()
+    assert [message["role"] for message in shown["messages"]] == ["system"]
+    assert "2024-01-15" in shown["messages"][0]["content"]
+
+
+def test_the_domains_are_listed_with_their_tools():
+    done = invoke("domain", "list")
+    assert done.exit_code == 0
+    assert any(line.startswith("task_api: create_task, ") for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("domain", "show", "cooking"), "There is no domain 'cooking'"),
+        (("domain", "show", "task_api", "--now", "tomorrow"), "--now takes a moment such as"),
+        (("rollback", "--reason", "it is worse"), "no earlier deployment of task_api"),
+        (("evaluate", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--suite", "none.json"), "none.json"),
+        (("ask", "Hello"), "Nothing answers at"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_no_traceback(arguments, sentence):
+    done = run(*arguments, TASKAGENT_SERVING__PORT="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("taskagent: ")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_setting_is_named():
+    done = run("status", TASKAGENT_TRAINING__RANK="many")
+    assert done.returncode == 1
+    assert "training.rank = 'many'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_line_of_a_suite_is_named(tmp_path):
+    suite = tmp_path / "suite.json"
+    suite.write_text('{"tool_selection": [\n {"input": "Hello", "expected_tool": "fly"}]}')
+    done = run("evaluate", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m", "--suite", str(suite))
+    assert done.returncode == 1
+    assert "suite.json, tool_selection[0] (line 2), field expected_tool" in done.stderr
+
+
+def test_evaluate_measures_every_named_suite_whole_and_writes_the_report(tmp_path, monkeypatch):
+    from taskagent_platform.evaluation import run as evaluation
+
+    first, second, target = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "report.json"
+    for file, words in ((first, ("one", "two")), (second, tuple("abcdefghij"))):
+        cases = [{"input": word, "expected_tool": "list_tasks", "category": "query"} for word in words]
+        file.write_text(json.dumps({"tool_selection": cases}))
+    seen: dict[str, Any] = {}
+
+    def stub(settings, domain, *, suite, base_url, model_name, **more):
+        seen.update(suite=suite, base_url=base_url, model_name=model_name, limit=settings.evaluation.case_limit)
+        raise PlatformError("enough")
+
+    monkeypatch.setattr(evaluation, "evaluate", stub)
+    done = invoke(
+        "evaluate",
+        "--endpoint",
+        "http://h/v1/",
+        "--model",
+        "m",
+        "--suite",
+        str(first),
+        str(second),
+        "--json",
+        str(target),
+    )
+    assert str(done.exception) == "enough"
+    assert [case.input for case in seen["suite"].cases] == ["one", "two", *"abcdefghij"]
+    assert (seen["base_url"], seen["model_name"]) == ("http://h/v1", "m")
+    assert seen["limit"] is None, "the smoke profile's limit is for its own runs"
+    assert not target.exists(), "a report of a failed evaluation must not be there"
+
+
+def test_status_without_a_deployment_says_so_and_fails():
+    done = invoke("status")
+    assert done.exit_code == 1
+    assert "gateway not running" in done.stdout
+
+
+def test_stop_without_servers_says_so():
+    done = invoke("stop")
+    assert (done.exit_code, done.stdout) == (0, "Nothing was running.\n")
+
+
+def test_the_audit_log_is_verified():
+    log = audit_log(load_settings())
+    log.append("deploy", "executed", domain="task_api")
+    log.append("rollback", "executed", domain="task_api")
+    done = invoke("audit", "verify")
+    assert done.exit_code == 0
+    assert "2 lines, unchanged" in done.stdout
+    lines = log.path.read_text().splitlines(keepends=True)
+    log.path.write_text(lines[1])
+    again = run("audit", "verify")
+    assert again.returncode == 1
+    assert "was changed" in again.stderr
+
+
+def test_the_doctor_says_what_to_do(monkeypatch):
+    from taskagent_platform import doctor
+
+    checks = [doctor.Check("Disk", "problem", "0.1 GiB are free", "free some space"), doctor.Check("GPU", "ok", "none")]
+    monkeypatch.setattr(doctor, "examine", lambda settings: checks)
+    done = invoke("doctor")
+    assert done.exit_code == 1
+    assert "PROBLEM Disk: 0.1 GiB are free" in done.stdout
+    assert "what to do: free some space" in done.stdout
+
+
+def test_a_refused_call_makes_ask_fail(monkeypatch):
+    from taskagent_platform.agent import session
+    from taskagent_platform.agent.execution import ExecutedCall
+
+    class Answer:
+        calls = (ExecutedCall("delete_task", {"task_id": "1"}, "refused", reason="no terminal"),)
+
+    asked: dict[str, Any] = {}
+
+    def stub(settings, domain, text, **more):
+        asked.update(text=text, **more)
+        return Answer()
+
+    monkeypatch.setattr(session, "ask", stub)
+    done = invoke("ask", "Delete task 1", "--now", "2024-01-15T09:00")
+    assert done.exit_code == 1
+    assert asked["text"] == "Delete task 1"
+    assert asked["yes"] is False
+    assert asked["now"].isoformat() == "2024-01-15T09:00:00"
+
+
+@pytest.mark.parametrize(("command", "variable"), [("ui", "DAGSTER"), ("mlflow", "MLFLOW")])
+def test_a_page_whose_port_is_taken_names_the_setting(command, variable):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = run(command, **{f"TASKAGENT_PORTS__{variable}": port})
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert f"TASKAGENT_PORTS__{variable}" in done.stderr
+
+
+def test_interrupting_the_demo_ends_with_130(monkeypatch):
+    from taskagent_platform import demo
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    assert invoke("demo").exit_code == 130
