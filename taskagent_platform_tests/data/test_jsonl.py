@@ -2,10 +2,14 @@ import json
 
 import pytest
 
-from taskagent_platform.data.jsonl import read_jsonl, write_jsonl
+from taskagent_platform.data.jsonl import Record, read_jsonl, write_jsonl
 from taskagent_platform.errors import PlatformError
 
-GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], "tools": [], "meta": {}}
+GOOD: Record = {
+    "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+    "tools": [],
+    "meta": {},
+}
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -15,7 +19,11 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def _call(arguments):
-    return {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "t", "arguments": arguments}}]}]}
+    return {
+        "messages": [
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "t", "arguments": arguments}}]}
+        ]
+    }
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,13 @@ def test_a_second_time_reuses_and_a_changed_source_does_not(made):
     settings, sources, folder = made
     first, _ = make_training_dataset(settings, DOMAIN, sources, folder)
     again, reused = make_training_dataset(settings, DOMAIN, sources, folder)
-    assert reused and again.digest == first.digest
+    assert reused
+    assert again.digest == first.digest
     other = load_settings(profile="smoke", seed=1, data=settings.data.model_dump())
     make_source(other, DOMAIN, "multi_tool", sources["multi_tool"])
     changed, reused = make_training_dataset(settings, DOMAIN, sources, folder)
-    assert not reused and changed.digest != first.digest
+    assert not reused
+    assert changed.digest != first.digest
 
 
 def test_a_source_that_was_edited_by_hand_is_refused(made):

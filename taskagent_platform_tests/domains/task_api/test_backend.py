@@ -23,7 +23,9 @@ def test_a_new_task_is_listed(backend):
     assert [task["task_id"] for task in listed["tasks"]] == [made["task_id"]]
 
 
-@pytest.mark.parametrize("reference", ["task_001", "Review budget proposal", "the review budget proposal", "Review budget proposal!"])
+@pytest.mark.parametrize(
+    "reference", ["task_001", "Review budget proposal", "the review budget proposal", "Review budget proposal!"]
+)
 def test_a_task_is_found_by_id_or_title(backend, reference):
     assert backend.execute("complete_task", {"task_id": reference})["task_id"] == "task_001"
     assert _task(backend, "task_001")["status"] == "completed"
