@@ -28,7 +28,12 @@ def main() -> int:
 
     task = spec.pop("task")
     try:
-        if task == "fine_tune":
+        if task == "fine_tune" and spec["settings"]["backend"] == "unsloth":
+            # Unsloth patches transformers and TRL while it is imported, so it must come before them.
+            from taskagent_platform.training import _unsloth
+
+            result = _unsloth.train(spec, emit)
+        elif task == "fine_tune":
             from taskagent_platform.training._trainer import train
 
             result = train(spec, emit)

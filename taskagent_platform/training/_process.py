@@ -4,6 +4,7 @@ The payload (:mod:`taskagent_platform.training._payload`) gets memory-allocator 
 fresh process can take, keeps torch out of the caller, and ends with it.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -102,10 +103,8 @@ def run_payload(task: str, spec: Mapping[str, Any], log_file: Path, on_log: OnLo
 
 
 def _end_group(process: "subprocess.Popen[str]") -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
     process.wait()
 
 

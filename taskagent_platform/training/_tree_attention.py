@@ -1,12 +1,13 @@
-"""Exact attention over a prefix-shared pack, in dense pieces without a mask.
+"""Exact attention over a prefix-shared pack, in dense pieces without a mask over the whole pack.
 
-Each piece (see :mod:`taskagent_platform.training.packing`) is one call of PyTorch's flash kernel for CPUs, which also
-returns the log-sum-exp of the scores. Pieces that belong to the same queries are joined by their log-sum-exps; in the
-backward pass the kernel is given the *joined* output and log-sum-exp, from which it recomputes exactly this piece's
-share of the softmax (the identity behind ring attention, https://arxiv.org/abs/2310.01889).
+The pack (see :mod:`taskagent_platform.training.packing`) is cut into chunks of at most ``CHUNK`` tokens of one node.
+A chunk's tokens see all tokens of its ancestors, which lie in a few contiguous ranges, and the chunk's own beginning.
+So each chunk is a small dense attention: nothing is computed for tokens that do not see each other, apart from half of
+a chunk's own square. Query heads that share a key head are laid behind one another, which makes for larger products.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,69 +18,67 @@ from taskagent_platform.training.packing import Node
 
 TREE = "prefix_tree"
 """Name of the implementation, for a model's ``set_attn_implementation``."""
+CHUNK = 128
+"""Tokens of one piece: its scores stay in the cache, and its square wastes little."""
+_KEPT_BYTES = 4 << 30
+"""Attention weights are kept for the backward pass up to this size over all layers, and computed again beyond it."""
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+class _Chunk(NamedTuple):
+    start: int
+    stop: int
+    # Contiguous ranges of the tokens before `start` that the chunk's tokens see.
+    seen: list[tuple[int, int]]
+
+
+class Tree:
+    """What attention needs to know of a pack; data loaders pass it on untouched."""
+
+    def __init__(self, nodes: list[Node]) -> None:
+        self.nodes = nodes
+        self.chunks = _chunks(nodes)
+        self.weights = sum(
+            (chunk.stop - chunk.start) * (chunk.stop - chunk.start + sum(b - a for a, b in chunk.seen))
+            for chunk in self.chunks
+        )
+        """Pairs of tokens that a head computes."""
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Queries ``[1, heads, tokens, width]``, keys and values ``[1, key heads, tokens, width]``."""
+    """Queries ``[heads, tokens, width]``, keys and values ``[key heads, tokens, width]``."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, nodes: list[Node], scale: float) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float, keep: bool) -> Tensor:
+        groups = query.shape[0] // key.shape[0]
         output = torch.empty_like(query)
-        # [1, heads, tokens] in the kernel's own memory order.
-        total = query.new_empty(query.shape[:3], dtype=torch.float32)
-        for node in nodes:
-            own = slice(node.start, node.stop)
-            keys, values = _repeated(key[:, :, own], groups), _repeated(value[:, :, own], groups)
-            part, logsumexp = _forward(query[:, :, own], keys, values, 0.0, True, scale=scale)
-            output[:, :, own], total[:, :, own] = part, logsumexp
-        for node in nodes:
-            if node.subtree_stop > node.stop:
-                below = slice(node.stop, node.subtree_stop)
-                own = slice(node.start, node.stop)
-                part, logsumexp = _forward(
-                    _folded(query[:, :, below], groups), key[:, :, own], value[:, :, own], 0.0, False, scale=scale
-                )
-                part = _unfolded(part, groups)
-                logsumexp = logsumexp.reshape(1, query.shape[1], -1)
-                # output = share * part + (1 - share) * output, with share = exp(lse_part) / sum of both.
-                share = torch.sigmoid(logsumexp - total[:, :, below]).unsqueeze(-1)
-                output[:, :, below].lerp_(part, share.to(part.dtype))
-                total[:, :, below] = torch.logaddexp(total[:, :, below], logsumexp)
-        ctx.save_for_backward(query, key, value, output, total)
-        ctx.nodes, ctx.scale = nodes, scale
+        kept = []
+        for chunk in tree.chunks:
+            own = slice(chunk.start, chunk.stop)
+            weights = _weights(_folded(query[:, own], groups), _gathered(key, chunk), chunk, scale)
+            output[:, own] = _unfolded(torch.bmm(weights, _gathered(value, chunk)), groups)
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.tree, ctx.scale = tree, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, total = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         (grad,) = grads
-        groups = query.shape[1] // key.shape[1]
-        grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        for node in ctx.nodes:
-            own = slice(node.start, node.stop)
-            keys, values = _repeated(key[:, :, own], groups), _repeated(value[:, :, own], groups)
-            part_query, part_key, part_value = _backward(
-                grad[:, :, own], query[:, :, own], keys, values, output[:, :, own], total[:, :, own].contiguous(),
-                0.0, True, scale=ctx.scale,
-            )  # fmt: skip
-            grad_query[:, :, own] = part_query
-            grad_key[:, :, own], grad_value[:, :, own] = _summed(part_key, groups), _summed(part_value, groups)
-        for node in ctx.nodes:
-            if node.subtree_stop > node.stop:
-                below, own = slice(node.stop, node.subtree_stop), slice(node.start, node.stop)
-                part_query, part_key, part_value = _backward(
-                    _folded(grad[:, :, below], groups), _folded(query[:, :, below], groups), key[:, :, own],
-                    value[:, :, own], _folded(output[:, :, below], groups),
-                    total[:, :, below].reshape(1, key.shape[1], -1), 0.0, False, scale=ctx.scale,
-                )  # fmt: skip
-                grad_query[:, :, below] += _unfolded(part_query, groups)
-                grad_key[:, :, own] += part_key
-                grad_value[:, :, own] += part_value
-        return grad_query, grad_key, grad_value, None, None
+        groups = query.shape[0] // key.shape[0]
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for index, chunk in enumerate(ctx.tree.chunks):
+            own = slice(chunk.start, chunk.stop)
+            queries, keys = _folded(query[:, own], groups), _gathered(key, chunk)
+            weights = kept[index] if kept else _weights(queries, keys, chunk, ctx.scale)
+            grad_out = _folded(grad[:, own], groups)
+            _scatter(grad_value, chunk, weights, grad_out, 1.0)
+            grad_weights = torch.bmm(grad_out, _gathered(value, chunk).transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_query[:, own] = _unfolded(torch.bmm(grad_scores, keys).mul_(ctx.scale), groups)
+            _scatter(grad_key, chunk, grad_scores, queries, ctx.scale)
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 def tree_attention(
@@ -91,7 +90,7 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    nodes: list[Node],
+    tree: Tree,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Computes attention over a pack of one row, in transformers' attention interface.
@@ -101,24 +100,38 @@ def tree_attention(
         query: ``[1, heads, tokens, width]``.
         key: ``[1, key heads, tokens, width]``.
         value: like ``key``.
-        attention_mask: not used; ``nodes`` says who sees whom.
+        attention_mask: not used; ``tree`` says who sees whom.
         dropout: must be 0.
         scaling: factor of the scores.
-        nodes: the pack's nodes.
+        tree: who sees whom.
 
     Returns:
         ``[1, tokens, heads, width]`` and None.
     """
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
-    output = _TreeAttention.apply(query, key, value, nodes, scale)
-    return output.transpose(1, 2), None
+    layers = module.config.num_hidden_layers
+    keep = tree.weights * query.shape[1] * layers * query.element_size() <= _KEPT_BYTES
+    output = _TreeAttention.apply(query[0], key[0], value[0], tree, scale, keep)
+    return output.transpose(0, 1).unsqueeze(0), None
 
 
 def tree_mask(nodes: list[Node], device: torch.device) -> Tensor:
     """Returns the same rule as a boolean mask ``[1, 1, tokens, tokens]``: True where a row's token sees a column's."""
-    stops = torch.cat([torch.full((node.stop - node.start,), node.subtree_stop, device=device) for node in nodes])
+    stops = _subtree_stops(nodes, device)
     index = torch.arange(len(stops), device=device)
     return ((index[None, :] <= index[:, None]) & (index[:, None] < stops[None, :]))[None, None]
+
+
+def tree_block_mask(nodes: list[Node], device: torch.device) -> Any:
+    """Returns the same rule as FlexAttention's ``BlockMask``, for a GPU."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    stops = _subtree_stops(nodes, device)
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column <= row) & (row < stops[column])
+
+    return create_block_mask(sees, None, None, len(stops), len(stops), device=device)
 
 
 def register() -> None:
@@ -127,21 +140,71 @@ def register() -> None:
     AttentionMaskInterface.register(TREE, lambda *_, **__: None)
 
 
-def _repeated(tensor: Tensor, groups: int) -> Tensor:
-    return tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor
+def _subtree_stops(nodes: list[Node], device: torch.device) -> Tensor:
+    return torch.cat([torch.full((node.stop - node.start,), node.subtree_stop, device=device) for node in nodes])
 
 
-def _summed(tensor: Tensor, groups: int) -> Tensor:
-    batch, heads, tokens, width = tensor.shape
-    return tensor.view(batch, heads // groups, groups, tokens, width).sum(2)
+def _chunks(nodes: list[Node]) -> list[_Chunk]:
+    chunks = []
+    ancestors: list[Node] = []
+    for node in nodes:
+        while ancestors and ancestors[-1].subtree_stop <= node.start:
+            ancestors.pop()
+        seen: list[tuple[int, int]] = []
+        for ancestor in ancestors:
+            if seen and seen[-1][1] == ancestor.start:
+                seen[-1] = (seen[-1][0], ancestor.stop)
+            else:
+                seen.append((ancestor.start, ancestor.stop))
+        length = node.stop - node.start
+        pieces = -(-length // CHUNK)
+        bounds = [node.start + length * piece // pieces for piece in range(pieces + 1)]
+        for start, stop in itertools.pairwise(bounds):
+            ranges = list(seen)
+            if start > node.start:
+                if ranges and ranges[-1][1] == node.start:
+                    ranges[-1] = (ranges[-1][0], start)
+                else:
+                    ranges.append((node.start, start))
+            chunks.append(_Chunk(start, stop, ranges))
+        ancestors.append(node)
+    return chunks
+
+
+def _weights(queries: Tensor, keys: Tensor, chunk: _Chunk, scale: float) -> Tensor:
+    """Returns the softmax of the scores ``[key heads, groups * own tokens, seen + own tokens]``."""
+    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+    length = chunk.stop - chunk.start
+    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
+    heads, rows, columns = scores.shape
+    scores.view(heads, rows // length, length, columns)[..., columns - length :].masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, -1)
+
+
+def _gathered(tensor: Tensor, chunk: _Chunk) -> Tensor:
+    """Returns the rows that a chunk's tokens see, their own last; a view where they lie side by side."""
+    seen = chunk.seen
+    if not seen:
+        return tensor[:, chunk.start : chunk.stop]
+    if len(seen) == 1 and seen[0][1] == chunk.start:
+        return tensor[:, seen[0][0] : chunk.stop]
+    return torch.cat([*(tensor[:, start:stop] for start, stop in seen), tensor[:, chunk.start : chunk.stop]], 1)
+
+
+def _scatter(target: Tensor, chunk: _Chunk, left: Tensor, right: Tensor, factor: float) -> None:
+    """Adds ``factor * left^T right`` to the rows of ``target`` that the chunk's tokens see."""
+    column = 0
+    for start, stop in (*chunk.seen, (chunk.start, chunk.stop)):
+        columns = left[:, :, column : column + stop - start]
+        target[:, start:stop].baddbmm_(columns.transpose(1, 2), right, alpha=factor)
+        column += stop - start
 
 
 def _folded(tensor: Tensor, groups: int) -> Tensor:
-    """Lays the query heads that share a key head behind one another: ``[1, key heads, groups * tokens, width]``."""
-    batch, heads, tokens, width = tensor.shape
-    return tensor.reshape(batch, heads // groups, groups * tokens, width)
+    heads, tokens, width = tensor.shape
+    return tensor.reshape(heads // groups, groups * tokens, width)
 
 
 def _unfolded(tensor: Tensor, groups: int) -> Tensor:
-    batch, heads, tokens, width = tensor.shape
-    return tensor.reshape(batch, heads * groups, tokens // groups, width)
+    heads, rows, width = tensor.shape
+    return tensor.view(heads * groups, rows // groups, width)

@@ -75,4 +75,3 @@ def merge(
         details.update(result)
         (scratch / "README.md").write_text(model_card(merged_folder.parent.name, base, adapter, details))
     return read_manifest(merged_folder, kind=KIND)
-

@@ -9,10 +9,15 @@ ends the subtree of ``j``'s node. Attention over a pack is therefore a sum of de
 node's tokens over themselves (causal), and all tokens below a node over that node's tokens (a full rectangle).
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from taskagent_platform.training.template import IGNORED, Rendered
+
+MIN_SHARED = 32
+"""Tokens that examples must share beyond their group's beginning to be grouped further."""
 
 
 class Node(NamedTuple):
@@ -90,35 +95,43 @@ def pack(examples: Sequence[Rendered]) -> Pack:
     )
 
 
-def group(examples: Sequence[Rendered], size: int) -> list[list[int]]:
-    """Groups examples so that those with the longest common beginnings meet, in lists of at most ``size``.
+def group(examples: Sequence[Rendered], size: int, seed: int = 0) -> list[list[int]]:
+    """Groups examples so that those with long common beginnings meet, in lists of at most ``size``.
 
-    Examples are cut off in sorted order; a list ends early where the next example shares far less (under half of what
-    the list has in common) and the list is at least half full.
+    Bottom-up over the tree of common beginnings: lists are filled among the examples that share most, and what does
+    not fill a list is combined one level up, without being divided. A level counts only where it shares at least
+    ``MIN_SHARED`` tokens more than the level above; within a level the order is random, so that a list does not
+    gather the requests that happen to begin with the same words.
 
     Returns:
         Indices into ``examples``; every index occurs once.
     """
     order = sorted(range(len(examples)), key=lambda index: examples[index].input_ids)
-    groups: list[list[int]] = []
-    common = 0
-    for index in order:
-        current = groups[-1] if groups else []
-        shared = _common_length(examples[current[0]].input_ids, examples[index].input_ids) if current else 0
-        unlike = 2 * len(current) >= size and 2 * shared < common
-        if not current or len(current) >= size or unlike:
-            groups.append([index])
-            common = len(examples[index].input_ids)
-        else:
-            current.append(index)
-            common = min(common, shared)
-    return groups
+    shared = [0] + [
+        _common_length(examples[left].input_ids, examples[right].input_ids)
+        for left, right in itertools.pairwise(order)
+    ]
+    rng = random.Random(seed)
+    full: list[list[int]] = []
+
+    def rest(start: int, stop: int) -> list[list[int]]:
+        """Groups ``order[start:stop]``; returns the lists that are not full."""
+        if stop - start == 1:
+            return [[order[start]]]
+        depth = min(shared[start + 1 : stop])
+        cuts = [index for index in range(start + 1, stop) if shared[index] < depth + MIN_SHARED]
+        units = [unit for a, b in zip([start, *cuts], [*cuts, stop], strict=True) for unit in rest(a, b)]
+        rng.shuffle(units)
+        lists = _first_fit(units, size)
+        full.extend(one for one in lists if len(one) == size)
+        return [one for one in lists if len(one) < size]
+
+    return full + rest(0, len(order)) if order else []
 
 
-def pack_all(examples: Sequence[Rendered], size: int) -> Iterator[Pack]:
-    """Yields all examples in packs of at most ``size``, grouped by their common beginnings."""
-    for indices in group(examples, size):
-        yield pack([examples[index] for index in indices])
+def pack_all(examples: Sequence[Rendered], size: int, seed: int = 0) -> list[Pack]:
+    """Returns all examples in packs of at most ``size``, grouped by their common beginnings."""
+    return [pack([examples[index] for index in indices]) for indices in group(examples, size, seed)]
 
 
 def join(packs: Sequence[Pack]) -> Pack:
@@ -157,6 +170,22 @@ def _nodes(parents: Sequence[int]) -> list[Node]:
         if parents[index] >= 0:
             subtree_stop[parents[index]] = max(subtree_stop[parents[index]], subtree_stop[index])
     return [Node(start, stop, subtree_stop[stop - 1]) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _first_fit(units: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Combines units into lists of at most ``size``, the largest first, each into the first list with room."""
+    lists: list[list[int]] = []
+    first_open = 0
+    for unit in sorted(units, key=len, reverse=True):
+        for one in lists[first_open:]:
+            if len(one) + len(unit) <= size:
+                one.extend(unit)
+                break
+        else:
+            lists.append(list(unit))
+        while first_open < len(lists) and len(lists[first_open]) >= size:
+            first_open += 1
+    return lists
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -5,7 +5,10 @@ Only its first line, the control tokens, differs between families of base models
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +51,7 @@ class Rendered(NamedTuple):
     labels: list[int]
 
 
+@lru_cache(maxsize=8)
 def control_tokens(tokenizer: Any) -> ControlTokens:
     """Returns the control tokens that a tokenizer has as single tokens.
 
@@ -106,7 +110,9 @@ def render_text(
     return text
 
 
-def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any) -> Rendered:
+def render(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, tokenizer: Any
+) -> Rendered:
     """Renders a conversation to token ids, with labels on what the assistant says.
 
     Every assistant turn is preceded by exactly the tokens that the server computes for the messages before it with
@@ -140,16 +146,29 @@ def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, A
 
 
 def _encode(text: str, tokenizer: Any) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    """Returns ``tokenizer.encode(text)``, computed turn by turn.
+
+    Control tokens are cut out of the text before anything else, so what stands between two of them is encoded by
+    itself; the system message, the same in many examples, is then encoded once.
+    """
+    tokens = control_tokens(tokenizer)
+    cut = re.compile("|".join(re.escape(token) for token in (tokens.role_start, tokens.end_token)))
+    ends = [match.end() for match in cut.finditer(text)]
+    spans = pairwise(dict.fromkeys((0, *ends, len(text))))
+    return [token for start, end in spans for token in _encode_span(text[start:end], tokenizer)]
+
+
+@lru_cache(maxsize=4096)
+def _encode_span(span: str, tokenizer: Any) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(span, add_special_tokens=False))
 
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments") or {}
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError as error:
-        raise PlatformError(f"The arguments of a call of {function.get('name')} are not JSON: {arguments!r}.") from error
+    except json.JSONDecodeError:
+        parsed = None
     if not isinstance(parsed, dict):
         raise PlatformError(f"The arguments of a call of {function.get('name')} are not a JSON object: {arguments!r}.")
     return parsed

@@ -1,0 +1,127 @@
+"""LoRA, norm and activation of a Llama with fewer passes over memory; the same function, for exact float32 training.
+
+On a CPU a step is bound by matrix products and, for the rest, by memory. PEFT's LoRA layer writes its own product, a
+scaled copy and the sum; here both products accumulate in place into the base layer's output. RMSNorm and the gated
+activation keep what their backward pass needs and nothing else.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+
+class _LoraProduct(torch.autograd.Function):
+    """``x W^T + scale (x A^T) B^T``; only A, B and x have gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ a.T
+        output = rows @ weight.T
+        output.addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, inner)
+        ctx.scale, ctx.shape = scale, x.shape
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, inner = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_inner = (grad @ b).mul_(ctx.scale)
+        grad_b = (grad.T @ inner).mul_(ctx.scale)
+        grad_a = grad_inner.T @ rows
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight
+            grad_x.addmm_(grad_inner, a)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, grad_a, grad_b, None
+
+
+class _RmsNorm(torch.autograd.Function):
+    """``weight * x / sqrt(mean(x^2) + eps)``; the weight has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = grads[0] * weight
+        shift = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return grad.mul_(inverse).addcmul_(x, shift, value=-1), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    """``silu(gate) * up``, which keeps only its two inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad = grads[0]
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, torch.nn.functional.silu(gate).mul_(grad)
+
+
+def fuse(model: torch.nn.Module) -> int:
+    """Gives a PEFT model's LoRA layers, norms and feed-forward blocks the leaner forward; returns how many it changed.
+
+    Layers that are not plain float32 LoRA without dropout keep their own.
+    """
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and _plain(module):
+            module.forward = MethodType(_lora_forward, module)
+        elif isinstance(module, LlamaRMSNorm) and not module.weight.requires_grad:
+            module.forward = MethodType(_norm_forward, module)
+        elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
+            module.forward = MethodType(_feed_forward, module)
+        else:
+            continue
+        changed += 1
+    return changed
+
+
+def _plain(layer: LoraLinear) -> bool:
+    if len(layer.active_adapters) != 1 or layer.lora_variant or layer.merged:
+        return False
+    name = layer.active_adapters[0]
+    base = layer.base_layer
+    return (
+        isinstance(layer.lora_dropout[name], torch.nn.Identity)
+        and type(base) is torch.nn.Linear
+        and base.bias is None
+        and layer.lora_A[name].bias is None
+        and layer.lora_B[name].bias is None
+        and not base.weight.requires_grad
+        and base.weight.dtype == layer.lora_A[name].weight.dtype == torch.float32
+    )
+
+
+def _lora_forward(self: LoraLinear, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    name = self.active_adapters[0]
+    a, b = self.lora_A[name].weight, self.lora_B[name].weight
+    output: Tensor = _LoraProduct.apply(x, self.base_layer.weight, a, b, self.scaling[name])
+    return output
+
+
+def _norm_forward(self: LlamaRMSNorm, x: Tensor) -> Tensor:
+    output: Tensor = _RmsNorm.apply(x, self.weight, self.variance_epsilon)
+    return output
+
+
+def _feed_forward(self: LlamaMLP, x: Tensor) -> Tensor:
+    output: Tensor = self.down_proj(_GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
+    return output

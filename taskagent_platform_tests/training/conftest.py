@@ -1,0 +1,30 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskagent_platform.settings import Settings, load_settings
+from taskagent_platform.training.base_model import prepare_base_model
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TASKAGENT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("TASKAGENT_PROFILE", "smoke")
+        return load_settings()
+
+
+@pytest.fixture(scope="session")
+def base_folder(smoke: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base model."""
+    folder = tmp_path_factory.mktemp("base") / "base_model"
+    prepare_base_model(smoke, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_folder)

@@ -1,0 +1,188 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.training.template import (
+    CHATML,
+    IGNORED,
+    LLAMA3,
+    TEMPLATE_FILE,
+    chat_template,
+    control_tokens,
+    render,
+    render_text,
+)
+from taskagent_platform_tests.training import conversations
+from taskagent_platform_tests.training.conversations import KINDS, TOOLS
+
+kinds = pytest.mark.parametrize("messages", KINDS.values(), ids=KINDS.keys())
+
+
+def test_the_text_is_this(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "You control lamps.\n\ntoday 2024-01-15"},
+        conversations.user("on"),
+        conversations.calls(("set_light", {"room": "hall", "level": 5}), ("list_lights", {})),
+        conversations.result({"ok": True}),
+        conversations.says("Done."),
+    ]
+    text = render_text(messages, TOOLS, tokenizer)
+    assert text.startswith(
+        "<|im_start|>system\nTools (* = required, text unless noted):\n"
+        "set_light(room*, level*: integer, color: white|red, until, tags: [string]) - "
+    )
+    assert text.endswith(
+        "}}</tool_call>\n\nYou control lamps.\n\ntoday 2024-01-15<|im_end|>\n"
+        "<|im_start|>user\non<|im_end|>\n"
+        "<|im_start|>assistant\n"
+        '<tool_call>{"name": "set_light", "arguments": {"room": "hall", "level": 5}}</tool_call>'
+        '<tool_call>{"name": "list_lights", "arguments": {}}</tool_call><|im_end|>\n'
+        '<|im_start|>tool\n{"ok": true}<|im_end|>\n'
+        "<|im_start|>assistant\nDone.<|im_end|>\n"
+    )
+
+
+def test_static_text_comes_before_what_changes(tokenizer: Any) -> None:
+    one, other = (render_text([conversations.system(now)], TOOLS, tokenizer) for now in (0, 1))
+    first = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    assert "remove_lamp(" in one[:first]
+    assert "Copy the user's words." in one[:first]
+
+
+@kinds
+def test_labels_are_what_the_assistant_says(messages: list[dict[str, Any]], tokenizer: Any) -> None:
+    rendered = render(messages, TOOLS, tokenizer)
+    learned = tokenizer.decode([label for label in rendered.labels if label != IGNORED])
+    turns = learned.split("<|im_end|>")
+    assert len(turns) - 1 == sum(message["role"] == "assistant" for message in messages)
+    assert turns[-1] == ""
+    for turn, message in zip(turns, [m for m in messages if m["role"] == "assistant"], strict=False):
+        if calls := message.get("tool_calls"):
+            assert turn.count("<tool_call>") == turn.count("</tool_call>") == len(calls)
+        else:
+            assert turn.replace("< ", "<") == message["content"].strip()
+    assert all(label in (IGNORED, token) for label, token in zip(rendered.labels, rendered.input_ids, strict=True))
+
+
+@kinds
+def test_a_turn_follows_the_prompt_of_the_server(messages: list[dict[str, Any]], tokenizer: Any) -> None:
+    rendered = render(messages, TOOLS, tokenizer)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            text = render_text(messages[:index], TOOLS, tokenizer, add_generation_prompt=True)
+            prompt = tokenizer.encode(text, add_special_tokens=False)
+            assert rendered.input_ids[: len(prompt)] == prompt
+            assert rendered.labels[len(prompt) - 1] == IGNORED
+            assert rendered.labels[len(prompt)] == rendered.input_ids[len(prompt)]
+
+
+@kinds
+def test_data_never_becomes_a_control_token(messages: list[dict[str, Any]], tokenizer: Any) -> None:
+    ids = render(messages, TOOLS, tokenizer).input_ids
+    start, end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>"))
+    blocks = len(messages) + (messages[0]["role"] != "system")
+    assert ids.count(start) == ids.count(end) == blocks
+    text = tokenizer.decode(ids)
+    made = sum(len(message.get("tool_calls") or []) for message in messages)
+    # The system block shows the form of a call once.
+    assert text.count("<tool_call>") == text.count("</tool_call>") == made + 1
+
+
+def test_calls_survive_the_way_to_the_client_and_back(tokenizer: Any) -> None:
+    text = render_text(KINDS["unicode and quotes"], TOOLS, tokenizer)
+    call = json.loads(text.rpartition("<tool_call>")[2].partition("</tool_call>")[0])
+    assert call == {"name": "add_lamp", "arguments": {"room": 'früh "🌅"', "name": "a\\b\n"}}
+
+
+def test_llama_3_has_its_own_control_tokens(tokenizer: Any) -> None:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a <|eot_id|> b"}, {"role": "assistant", "content": "c"}],
+        chat_template=chat_template(LLAMA3),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na < |eot_id|> b<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nc<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+
+def test_the_file_is_the_chatml_template() -> None:
+    assert chat_template(CHATML) == TEMPLATE_FILE.read_text()
+
+
+def test_control_tokens_come_from_the_vocabulary(tokenizer: Any) -> None:
+    assert control_tokens(tokenizer) == CHATML
+
+    class Other:
+        name_or_path = "some/model"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"<s>": 0}
+
+    with pytest.raises(PlatformError, match=r"some/model has neither"):
+        control_tokens(Other())
+
+
+def test_arguments_that_are_no_object_are_refused(tokenizer: Any) -> None:
+    message = conversations.calls(("list_lights", {}))
+    message["tool_calls"][0]["function"]["arguments"] = "[1"
+    with pytest.raises(PlatformError, match=r"list_lights are not a JSON object"):
+        render([conversations.user("x"), message], TOOLS, tokenizer)
+
+
+def test_an_example_needs_an_assistant(tokenizer: Any) -> None:
+    with pytest.raises(PlatformError, match="no assistant message"):
+        render([conversations.user("x")], TOOLS, tokenizer)
+
+
+@pytest.mark.slow
+def test_vllm_renders_the_same_tokens(base_folder: Path, tokenizer: Any) -> None:
+    """vLLM's own request model, message parser and template renderer give the tokens that were trained on."""
+    pytest.importorskip("vllm")
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.renderers.hf import HfRenderer
+
+    config = VllmConfig(model_config=ModelConfig(model=str(base_folder), dtype="float32", max_model_len=2048))
+    renderer = HfRenderer(config, tokenizer)
+    for name, messages in KINDS.items():
+        rendered = render(messages, TOOLS, tokenizer)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            request = ChatCompletionRequest.model_validate(
+                {"model": "m", "messages": messages[:index], "tools": TOOLS, "temperature": 0}
+            )
+            tools = [tool.model_dump() for tool in request.tools or []]
+            params = request.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": False})
+            _, prompt = renderer.render_messages(request.messages, params)
+            assert not request.add_special_tokens
+            ids = tokenizer.encode(prompt["prompt"], add_special_tokens=False)
+            assert ids == rendered.input_ids[: len(ids)], name
+            assert rendered.labels[len(ids) - 1] == IGNORED, name
+            assert rendered.labels[len(ids)] != IGNORED, name
+
+
+@pytest.mark.slow
+def test_vllm_parses_what_was_trained(base_folder: Path, tokenizer: Any) -> None:
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers.hermes_tool_parser import Hermes2ProToolParser
+
+    parser = Hermes2ProToolParser(tokenizer)
+    request = ChatCompletionRequest.model_validate({"model": "m", "messages": [conversations.user("x")]})
+    for messages in KINDS.values():
+        rendered = render(messages, TOOLS, tokenizer)
+        learned = tokenizer.decode([label for label in rendered.labels if label != IGNORED]).split("<|im_end|>")
+        for turn, message in zip(learned, [m for m in messages if m["role"] == "assistant"], strict=False):
+            found = parser.extract_tool_calls(turn, request)
+            expected = [json.loads(call["function"]["arguments"]) for call in message.get("tool_calls") or []]
+            got = [json.loads(call.function.arguments.replace("< ", "<")) for call in found.tool_calls]
+            assert got == expected
+            if not expected:
+                assert found.content == turn
