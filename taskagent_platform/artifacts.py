@@ -155,9 +155,8 @@ def read_manifest(folder: Path, *, kind: str | None = None, verify: bool = False
     if kind is not None and manifest.kind != kind:
         raise PlatformError(f"{folder} holds a {manifest.kind}, not a {kind}.")
     if verify:
-        present = {
-            p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME
-        }
+        present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        del present[MANIFEST_NAME]
         if odd := set(present) ^ set(manifest.files):
             raise PlatformError(f"{folder} does not match its manifest: {sorted(odd)[0]} is missing or extra.")
         for name, expected in manifest.files.items():

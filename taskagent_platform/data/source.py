@@ -61,9 +61,7 @@ def make_source(settings: Settings, domain: Domain, source: str, folder: Path) -
         verify(domain, record, f"{source}, example {number}")
         records.append(record)
     details: dict[str, object] = {}
-    with new_artifact(
-        folder, kind=source, inputs={}, settings=used, code_version=version, details=details
-    ) as scratch:
+    with new_artifact(folder, kind=source, inputs={}, settings=used, code_version=version, details=details) as scratch:
         write_jsonl(scratch / EXAMPLES_FILE, records)
         details["distribution"] = distribution(domain, records).model_dump()
     return read_manifest(folder, kind=source), False

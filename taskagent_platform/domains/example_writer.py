@@ -5,7 +5,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -30,11 +30,21 @@ _LETTERS = re.compile(r"[a-z]{5,}")
 
 @dataclass(frozen=True)
 class Filled:
-    """A filled slot: what the user writes, what it means, and (for spans and references) its parts."""
+    """A filled slot.
+
+    Attributes:
+        text: what the user writes.
+        value: what it means.
+        parts: the parts of what it means, for example of a span.
+        note: what the assistant notes down before the call that needs it: the prompt's line that gives the value. A
+            small model copies far better than it looks up, and the note makes looking up a copy: once it has written
+            the user's word, the prompt shows what follows.
+    """
 
     text: str
     value: str
     parts: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ class ExampleWriter(ABC):
             ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
             yield {
                 "role": "assistant",
-                "content": None,
+                "content": self._notes(step) or None,
                 "tool_calls": [
                     {"id": id_, "type": "function", "function": {"name": tool, "arguments": dump(arguments)}}
                     for id_, (tool, arguments) in zip(ids, calls, strict=True)
@@ -237,6 +247,22 @@ class ExampleWriter(ABC):
             if any("error" in result for _, _, result in done):
                 break  # what was to follow needs what was not found
         yield {"role": "assistant", "content": self.answer(done)}
+
+    def note(self, argument: str, literal: str) -> str:
+        """Returns what is noted down before a call for an argument that the template writes as a bare word."""
+        return ""
+
+    def _notes(self, step: Sequence[CallTemplate]) -> str:
+        """Returns what the assistant notes down before the calls of a step, each thing once."""
+        notes = (
+            self.note(name, piece) if isinstance(piece, str) else self.filled[piece.key].note
+            for call in step
+            for name, value in call.arguments.items()
+            if not isinstance(value, Result)
+            for text in (value if isinstance(value, list) else [value])
+            for piece in text
+        )
+        return ", ".join(dict.fromkeys(note for note in notes if note))
 
     def _say(self, value: Text) -> str:
         """Returns what the assistant says: slots in the user's words."""
@@ -259,7 +285,7 @@ class ExampleWriter(ABC):
             return filled
         # Values that are not the user's words (dates, priorities) have no capitals but the T of a moment.
         copied = filled.value.casefold() in filled.text.casefold()
-        return Filled(filled.text.lower(), filled.value.lower() if copied else filled.value, filled.parts)
+        return replace(filled, text=filled.text.lower(), value=filled.value.lower() if copied else filled.value)
 
     def _request(self, request: Text, *, dressed: bool) -> str:
         style = self._style

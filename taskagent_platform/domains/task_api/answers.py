@@ -1,6 +1,5 @@
 """The assistant's final words once the tools have answered: one short sentence for each call."""
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,22 +7,21 @@ _SHOWN = 3
 """Titles named in a sentence about a list."""
 
 
-def answer(done: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], rng: random.Random) -> str:
+def answer(done: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> str:
     """Returns the answer to a turn.
 
     Args:
         done: tool, arguments and result of each call of the turn, in order.
-        rng: chooses among the wordings.
     """
-    return " ".join(_sentence(tool, arguments, result, rng) for tool, arguments, result in done)
+    return " ".join(_sentence(tool, arguments, result) for tool, arguments, result in done)
 
 
-def _sentence(tool: str, arguments: dict[str, Any], result: dict[str, Any], rng: random.Random) -> str:
+def _sentence(tool: str, arguments: dict[str, Any], result: dict[str, Any]) -> str:
     if "error" in result:
         wanted = arguments.get("task_id") or arguments.get("project_id")
         return f"I couldn't find {wanted}." if result["error"] == "not_found" else f"That failed: {result['message']}."
     if tool == "create_task":
-        return rng.choice(('Done, "{}" is on your list.', 'Added "{}".')).format(result["title"])
+        return f'Done, "{result["title"]}" is on your list.'
     if tool == "list_tasks":
         return _listing("task", [task["title"] for task in result["tasks"]], "No tasks there, all clear!")
     if tool == "update_task":

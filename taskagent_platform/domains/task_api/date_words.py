@@ -73,14 +73,10 @@ def soon_words(now: datetime) -> dict[str, datetime]:
 
 def date_block(now: datetime) -> str:
     """Returns the table as text, a word and its meaning a line."""
-    today = now.date()
     lines = [f"now {minute(now)} {WEEKDAYS[now.weekday()]}"]
     lines += [f"{word} {day}" for word, day in day_words(now).items()]
     lines += [f"{word} {span.start} to {span.end}" for word, span in span_words(now).items()]
-    lines += [
-        f"{word} {minute(moment) if moment.date() != today else moment.strftime('%H:%M')}"
-        for word, moment in soon_words(now).items()
-    ]
+    lines += [f"{word} {minute(moment)}" for word, moment in soon_words(now).items()]
     lines += [", ".join(f"{word} {year}" for word, year in month_years(now).items())]
     return "\n".join(lines)
 

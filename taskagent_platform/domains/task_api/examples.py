@@ -58,11 +58,16 @@ class TaskApiWriter(ExampleWriter):
         return backend
 
     def answer(self, done: Sequence[Done]) -> str:
-        return answer(done, self.rng)
+        return answer(done)
 
     def argument(self, name: str, meant: str) -> str:
         """Returns the value; a date that the template writes as a word (``today``) becomes ISO."""
         return str(day_words(self.now).get(meant, meant)) if name.endswith(("date", "before")) else meant
+
+    def note(self, argument: str, literal: str) -> str:
+        """Returns the prompt's line for a date that the template writes as a word."""
+        days = day_words(self.now)
+        return f"{literal} {days[literal]}" if argument.endswith(("date", "before")) and literal in days else ""
 
     def prepare(self, template: Template, kind: str) -> Template:
         """Returns the template; some requests for a new task get one more attribute."""

@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from taskagent_platform.domains.example_writer import Filled, values
 from taskagent_platform.domains.phrasing import Slot
@@ -33,6 +35,21 @@ _PARTS_OF_DAY = {"morning": "09:00", "afternoon": "14:00", "evening": "18:00"}
 def _ordinal(day: int) -> str:
     suffix = "th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
     return f"{day}{suffix}"
+
+
+class _Day(NamedTuple):
+    """A day as the user writes it, and the note that gives its date."""
+
+    text: str
+    day: date
+    note: str
+
+    def filled(self) -> Filled:
+        return Filled(self.text, str(self.day), note=self.note)
+
+    def at(self, text: str, clock: str) -> Filled:
+        """Returns a moment on this day."""
+        return Filled(text, f"{self.day}T{clock}", note=self.note)
 
 
 class Wording:
@@ -125,7 +142,7 @@ class Wording:
         name = self._fresh("names").value
         return Filled(name, name)
 
-    def _calendar_date(self) -> tuple[str, date]:
+    def _calendar_date(self) -> _Day:
         """Draws a date written with its month or as numbers, the next such day from now on."""
         day = self.now.date() + timedelta(days=self.rng.randint(1, 330))
         # The years of the prompt's month table decide; a day of this month that is over would be disputed.
@@ -140,20 +157,20 @@ class Wording:
             f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
             f"{month} the {nth}", f"{day.month}/{day.day}",
         )  # fmt: skip
-        return self.rng.choice(wordings), day
+        return _Day(self.rng.choice(wordings), day, f"{month} {day.year} {day}")
 
-    def _named_day(self) -> tuple[str, date]:
+    def _named_day(self) -> _Day:
         """Draws a day that a single word names: today, tomorrow, a weekday, next Monday."""
         kind = self.rng.random()
         if kind < 0.14:
-            return "today", self._days["today"]
+            return self._word("today")
         if kind < 0.36:
-            return self._tomorrow(), self._days["tomorrow"]
+            return self._word("tomorrow", self._tomorrow())
         if kind < 0.42:
-            return "the day after tomorrow", self._days["day after tomorrow"]
+            return self._word("day after tomorrow", "the day after tomorrow")
         weekday = self.rng.choice(WEEKDAYS)
         if kind < 0.62:
-            return f"next {weekday}", self._days[f"next {weekday}"]
+            return self._word(f"next {weekday}")
         written = weekday
         if self.rng.random() < 0.12:
             written = _SHORT_DAYS.get(weekday, weekday[:3])
@@ -161,7 +178,12 @@ class Wording:
             written = f"this {weekday}"
         elif self.rng.random() < 0.06:
             written = f"this coming {weekday}"
-        return written, self._days[weekday]
+        return self._word(weekday, written)
+
+    def _word(self, word: str, text: str | None = None) -> _Day:
+        """Returns a day of the prompt's table, written as the table does or otherwise."""
+        day = self._days[word]
+        return _Day(text or word, day, f"{word} {day}")
 
     def _tomorrow(self) -> str:
         return self.rng.choice(_SHORT_TOMORROW) if self.rng.random() < 0.1 else "tomorrow"
@@ -169,83 +191,82 @@ class Wording:
     def _date(self, draw: str) -> Filled:
         """Draws a day as a noun; a second draw in one request lies after the first."""
         for _ in range(50):
-            text, day = self._any_date()
-            if not draw or self._last_date is None or day > self._last_date:
+            found = self._any_date()
+            if not draw or self._last_date is None or found.day > self._last_date:
                 break
         else:
-            day = (self._last_date or self.now.date()) + timedelta(days=self.rng.randint(1, 9))
-            text = str(day)
-        self._last_date = day
-        return Filled(text, str(day))
+            found = self._iso((self._last_date or self.now.date()) + timedelta(days=self.rng.randint(1, 9)))
+        self._last_date = found.day
+        return found.filled()
 
-    def _any_date(self) -> tuple[str, date]:
+    def _iso(self, day: date) -> _Day:
+        return _Day(str(day), day, "")
+
+    def _any_date(self) -> _Day:
         kind = self.rng.random()
         if kind < 0.52:
             return self._named_day()
         if kind < 0.74:
             return self._calendar_date()
         if kind < 0.84:
-            day = self.now.date() + timedelta(days=self.rng.randint(0, 400))
-            return str(day), day
+            return self._iso(self.now.date() + timedelta(days=self.rng.randint(0, 400)))
         if kind < 0.88:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
-            return f"the {_ordinal(day.day)}", day
+            return _Day(f"the {_ordinal(day.day)}", day, f"today {self._days['today']}, {_ordinal(day.day)} {day}")
         if kind < 0.93:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
-            return self.rng.choice(words), self._days["end of the week"]
+            return self._word("end of the week", self.rng.choice(words))
         if kind < 0.97:
             words = ("end of the month", "the end of the month", "month end", "the end of this month")
-            return self.rng.choice(words), self._days["end of the month"]
-        span = self.rng.choice(("next week", "next month"))
-        return span, self._spans[span].start
+            return self._word("end of the month", self.rng.choice(words))
+        word = self.rng.choice(("next week", "next month"))
+        return _Day(word, self._spans[word].start, self._span_note(word))
 
-    def _ahead(self) -> tuple[str, date]:
+    def _span_note(self, word: str) -> str:
+        span = self._spans[word]
+        return f"{word} {span.start} to {span.end}"
+
+    def _ahead(self) -> _Day:
         """Draws "in 3 days" and its like."""
         kind = self.rng.random()
         if kind < 0.55:
             days = self.rng.choice(DAYS_AHEAD)
             number = str(days) if self.rng.random() < 0.65 else _NUMBER_WORDS[days]
             text = f"in {number} days" if self.rng.random() < 0.75 else f"{number} days from now"
-            return text, self._days[f"in {days} days"]
+            return self._word(f"in {days} days", text)
         if kind < 0.8:
-            week = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
-            return self.rng.choice(week), self._days["in a week"]
+            texts = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
+            return self._word("in a week", self.rng.choice(texts))
         texts = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
-        return self.rng.choice(texts), self._days["in two weeks"]
+        return self._word("in two weeks", self.rng.choice(texts))
 
     def _when(self) -> Filled:
         if self.rng.random() < 0.3:
-            text, day = self._ahead()
-            return Filled(text, str(day))
+            return self._ahead().filled()
         noun = self._date("")
         before = self.rng.choice(("by", "by", "due", "for", "before", "no later than", "due by", "due on"))
         if before == "due on" and not noun.text[:1].isupper():
             before = "due"
-        return Filled(f"{before} {noun.text}", noun.value)
+        return replace(noun, text=f"{before} {noun.text}")
 
     def _day(self) -> Filled:
-        text, day = self._named_day() if self.rng.random() < 0.75 else self._calendar_date()
-        return Filled(text, str(day))
+        return (self._named_day() if self.rng.random() < 0.75 else self._calendar_date()).filled()
 
     def _on_day(self) -> Filled:
         kind = self.rng.random()
         if kind < 0.12:
-            text, day = self._ahead()
-        elif kind < 0.75:
-            text, day = self._named_day()
-            if text[:1].isupper():
-                text = f"on {text}"
-        else:
-            text, day = self._calendar_date()
-            text = f"on {text}"
-        return Filled(text, str(day))
+            return self._ahead().filled()
+        found = self._named_day() if kind < 0.75 else self._calendar_date()
+        on = "on " if kind >= 0.75 or found.text[:1].isupper() else ""
+        return replace(found.filled(), text=on + found.text)
 
     def _range(self) -> Filled:
         word = self.rng.choice(("this week", "this week", "next week", "next week", "this weekend", "this month",
                                 "next month"))  # fmt: skip
         span = self._spans[word]
         parts = {"start": str(span.start), "end": str(span.end)}
-        return Filled(self.rng.choice(("the weekend", word)) if word == "this weekend" else word, parts["start"], parts)
+        text = self.rng.choice(("the weekend", word)) if word == "this weekend" else word
+        return Filled(text, parts["start"], parts, self._span_note(word))
 
     def _clock(self) -> tuple[str, str]:
         """Draws a clock time: as written, and as HH:MM."""
@@ -271,36 +292,36 @@ class Wording:
     def _moment(self) -> Filled:
         """Draws a moment as a whole adverbial."""
         kind = self.rng.random()
+        today = self._word("today")
         if kind < 0.13:
             word, moment = self.rng.choice(tuple(soon_words(self.now).items()))
             text = {"in an hour": self.rng.choice(("in an hour", "in one hour", "in 1 hour", "an hour from now")),
                     "in 30 minutes": self.rng.choice(("in 30 minutes", "in half an hour", "in 30 min")),
                     "in 2 hours": self.rng.choice(("in 2 hours", "in two hours"))}.get(word, word)  # fmt: skip
-            return Filled(text, minute(moment))
+            return Filled(text, minute(moment), note=f"{word} {minute(moment)}")
         if kind < 0.19:
             clock, value = self._clock()
-            return Filled(f"at {clock}", f"{self._days['today']}T{value}")
+            return today.at(f"at {clock}", value)
         if kind < 0.23:
-            return Filled("tonight", f"{self._days['today']}T20:00")
+            return today.at("tonight", "20:00")
         if kind < 0.35:
             part, value = self.rng.choice(tuple(_PARTS_OF_DAY.items()))
-            day_text, day = self._named_day()
-            if day_text == "today":
-                return Filled(f"this {part}", f"{day}T{value}")
-            if day_text.startswith("the day"):
-                return Filled(f"{day_text} in the {part}", f"{day}T{value}")
-            on = "on " if day_text[:1].isupper() and self.rng.random() < 0.7 else ""
-            return Filled(f"{on}{day_text} {part}", f"{day}T{value}")
-        day_text, day = self._named_day() if kind < 0.78 else self._calendar_date()
+            found = self._named_day()
+            if found.text == "today":
+                return found.at(f"this {part}", value)
+            if found.text.startswith("the day"):
+                return found.at(f"{found.text} in the {part}", value)
+            on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
+            return found.at(f"{on}{found.text} {part}", value)
+        found = self._named_day() if kind < 0.78 else self._calendar_date()
         if kind > 0.94:
-            day = self.now.date() + timedelta(days=self.rng.randint(1, 300))
-            day_text = str(day)
+            found = self._iso(self.now.date() + timedelta(days=self.rng.randint(1, 300)))
         clock, value = self._clock()
-        dated = day_text[:1].isupper() or day_text[:1].isdigit() or (day_text.startswith("the ") and "of" in day_text)
-        on = "on " if dated else ""
-        texts = [f"{on}{day_text} at {clock}", f"{on}{day_text} at {clock}", f"at {clock} {on}{day_text}"]
-        texts.append(f"{day_text} {clock}" if clock[:1].isdigit() and not day_text[-1:].isdigit() else texts[0])
-        return Filled(self.rng.choice(texts), f"{day}T{value}")
+        word = found.text
+        on = "on " if word[:1].isupper() or word[:1].isdigit() or (word.startswith("the ") and "of" in word) else ""
+        texts = [f"{on}{word} at {clock}", f"{on}{word} at {clock}", f"at {clock} {on}{word}"]
+        texts.append(f"{word} {clock}" if clock[:1].isdigit() and not word[-1:].isdigit() else texts[0])
+        return found.at(self.rng.choice(texts), value)
 
     def _priority(self) -> Filled:
         value = self.rng.choice(("high", "high", "medium", "low"))

@@ -43,7 +43,7 @@ def test_the_block_has_each_word_at_the_start_of_its_line():
     assert lines[0] == "now 2024-01-15T09:00 Monday"
     assert "next Friday 2024-01-26" in lines
     assert "this weekend 2024-01-20 to 2024-01-21" in lines
-    assert "in 2 hours 11:00" in lines
+    assert "in 2 hours 2024-01-15T11:00" in lines
 
 
 def test_a_moment_after_midnight_carries_its_date():

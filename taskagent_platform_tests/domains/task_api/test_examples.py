@@ -73,3 +73,18 @@ def test_dates_mean_what_they_say(now):
             assert (day.year, day.strftime("%B")) == (years[month], month)
             checked += 1
     assert checked > 150
+
+
+def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
+    noted = 0
+    for example in generate("structured_outputs", 300, 5, MOMENTS):
+        asked = example.messages[2]
+        if not asked["content"]:
+            continue
+        lines = example.messages[0]["content"].splitlines()
+        arguments = json.loads(asked["tool_calls"][0]["function"]["arguments"])
+        for note in asked["content"].split(", "):
+            month, _, date = note.rpartition(" ")
+            assert note in lines or month in lines[-1] or "today" in asked["content"], note
+            noted += any(date in str(value) for value in arguments.values())
+    assert noted > 80
