@@ -217,8 +217,8 @@ class Wording:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
             return self._word("end of the week", self.rng.choice(words))
         if kind < 0.97:
-            words = ("end of the month", "the end of the month", "month end", "the end of this month")
-            return self._word("end of the month", self.rng.choice(words))
+            ends = ("end of the month", "the end of the month", "month end", "the end of this month")
+            return self._word("end of the month", self.rng.choice(ends))
         word = self.rng.choice(("next week", "next month"))
         return _Day(word, self._spans[word].start, self._span_note(word))
 
@@ -235,10 +235,10 @@ class Wording:
             text = f"in {number} days" if self.rng.random() < 0.75 else f"{number} days from now"
             return self._word(f"in {days} days", text)
         if kind < 0.8:
-            texts = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
-            return self._word("in a week", self.rng.choice(texts))
-        texts = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
-        return self._word("in two weeks", self.rng.choice(texts))
+            one = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
+            return self._word("in a week", self.rng.choice(one))
+        two = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
+        return self._word("in two weeks", self.rng.choice(two))
 
     def _when(self) -> Filled:
         if self.rng.random() < 0.3:
