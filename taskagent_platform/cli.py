@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -211,7 +212,9 @@ def ui() -> None:
     if not (PROJECT_ROOT / "pyproject.toml").is_file():
         # Installed as a package: there is no project to find the definitions in.
         command += ["--module-name", "taskagent_platform.definitions"]
-    _replace_process(command, instance_environment(settings), PROJECT_ROOT)
+    # dg compares the active environment with the project's and warns where none is active.
+    environment = {**instance_environment(settings), "VIRTUAL_ENV": sys.prefix}
+    _replace_process(command, environment, PROJECT_ROOT)
 
 
 @app.command()
@@ -297,6 +300,8 @@ def _number(value: float | None) -> str:
 def _replace_process(command: list[str], environment: dict[str, str], folder: Path) -> None:
     """Becomes the command, which then gets the terminal's signals itself."""
     sys.stdout.flush()
+    # A shell starts what runs in the background with SIGINT ignored, and Dagster gives SIGTERM the same treatment.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.chdir(folder)
     os.execve(command[0], command, environment)
 

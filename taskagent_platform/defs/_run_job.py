@@ -24,6 +24,8 @@ def resolve_job(name: str) -> dg.JobDefinition:
 
 def main(name: str, tags: dict[str, str], run_config: dict[str, object], parent: int) -> int:
     """Runs the job; returns 0 if it succeeded."""
+    # Whoever started this in the background of a shell passed on that SIGINT is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
