@@ -77,7 +77,7 @@ def pack_loss(model: torch.nn.Module, inputs: dict[str, Any], label_count: Tenso
         logits_to_keep=inputs["label_positions"],
         use_cache=False,
         **attention,
-    ).logits[0]
+    ).logits.squeeze(0)
     labels = inputs["labels"]
     loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
     return loss / (len(labels) if label_count is None else label_count)

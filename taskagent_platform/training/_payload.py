@@ -30,9 +30,9 @@ def main() -> int:
     try:
         if task == "fine_tune" and spec["settings"]["backend"] == "unsloth":
             # Unsloth patches transformers and TRL while it is imported, so it must come before them.
-            from taskagent_platform.training import _unsloth
+            from taskagent_platform.training._unsloth import train as train_with_unsloth
 
-            result = _unsloth.train(spec, emit)
+            result = train_with_unsloth(spec, emit)
         elif task == "fine_tune":
             from taskagent_platform.training._trainer import train
 

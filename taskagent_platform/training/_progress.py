@@ -89,7 +89,8 @@ class Progress(TrainerCallback):
 
 
 def _record(state: TrainerState, entry: dict[str, Any]) -> dict[str, Any] | None:
-    kept = {name: entry[name] for name in ("loss", "learning_rate", "grad_norm", "eval_loss") if name in entry}
+    names = ("loss", "learning_rate", "grad_norm", "eval_loss")
+    kept: dict[str, Any] = {name: entry[name] for name in names if name in entry}
     if "loss" not in kept and "eval_loss" not in kept:
         return None
     return {"step": entry["step"], "steps": state.max_steps, "epoch": entry["epoch"], **kept}

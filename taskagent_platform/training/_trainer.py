@@ -74,7 +74,10 @@ def run(trainer: CheckpointTrainer, rows: Rows, spec: dict[str, Any], emit: Emit
     """Trains from the last checkpoint on, saves the adapter and returns the figures of the run."""
     arguments = trainer.args
     per_step = (
-        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size / len(rows.train)
+        arguments.train_batch_size
+        * arguments.gradient_accumulation_steps
+        * arguments.world_size
+        / len(trainer.train_dataset)
     )
     progress = Progress(emit, rows.tokens_computed * per_step, rows.examples * per_step)
     trainer.add_callback(progress)
@@ -137,7 +140,8 @@ def packed_rows(spec: dict[str, Any], examples: list[Rendered], held_out: list[R
 
 def plain_rows(spec: dict[str, Any], examples: list[Rendered], held_out: list[Rendered], device: torch.device) -> Rows:
     """Makes a row of every example; TRL's own collator, and packing if chosen, do the rest."""
-    kept, tokens = [], 0
+    kept: list[Rendered] = []
+    tokens = 0
     for example in held_out[: spec["evaluation_examples"]]:
         tokens += len(example.input_ids)
         if kept and device.type == "cpu" and tokens > spec["evaluation_tokens_on_cpu"]:
@@ -225,7 +229,7 @@ def lora_config(chosen: dict[str, Any]) -> LoraConfig:
 def peak_memory_gib() -> float:
     """Returns the most memory that this process has held: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return float(torch.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

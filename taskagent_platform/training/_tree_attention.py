@@ -7,8 +7,10 @@ a chunk's own square. Query heads that share a key head are laid behind one anot
 """
 
 import itertools
+from functools import cache
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -20,8 +22,9 @@ TREE = "prefix_tree"
 """Name of the implementation, for a model's ``set_attn_implementation``."""
 CHUNK = 128
 """Tokens of one piece: its scores stay in the cache, and its square wastes little."""
-_KEPT_BYTES = 4 << 30
-"""Attention weights are kept for the backward pass up to this size over all layers, and computed again beyond it."""
+_KEPT_SHARE = 0.25
+"""Attention weights are kept for the backward pass up to this share of the memory that was free when the process
+first attended, over all layers; beyond it they are computed again."""
 
 
 class _Chunk(NamedTuple):
@@ -110,8 +113,8 @@ def tree_attention(
     """
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
     layers = module.config.num_hidden_layers
-    keep = tree.weights * query.shape[1] * layers * query.element_size() <= _KEPT_BYTES
-    output = _TreeAttention.apply(query[0], key[0], value[0], tree, scale, keep)
+    keep = tree.weights * query.shape[1] * layers * query.element_size() <= _kept_bytes()
+    output = _TreeAttention.apply(query.squeeze(0), key.squeeze(0), value.squeeze(0), tree, scale, keep)
     return output.transpose(0, 1).unsqueeze(0), None
 
 
@@ -138,6 +141,11 @@ def register() -> None:
     """Makes ``prefix_tree`` known to transformers; models then take it as their attention implementation."""
     AttentionInterface.register(TREE, tree_attention)
     AttentionMaskInterface.register(TREE, lambda *_, **__: None)
+
+
+@cache
+def _kept_bytes() -> float:
+    return _KEPT_SHARE * psutil.virtual_memory().available
 
 
 def _subtree_stops(nodes: list[Node], device: torch.device) -> Tensor:

@@ -108,8 +108,7 @@ def group(examples: Sequence[Rendered], size: int, seed: int = 0) -> list[list[i
     """
     order = sorted(range(len(examples)), key=lambda index: examples[index].input_ids)
     shared = [0] + [
-        _common_length(examples[left].input_ids, examples[right].input_ids)
-        for left, right in itertools.pairwise(order)
+        _common_length(examples[left].input_ids, examples[right].input_ids) for left, right in itertools.pairwise(order)
     ]
     rng = random.Random(seed)
     full: list[list[int]] = []

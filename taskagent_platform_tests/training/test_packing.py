@@ -25,7 +25,8 @@ def rendered(ids: list[int], learned: int) -> Rendered:
 
 def random_tokens(count: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, 500, (count,), generator=generator).tolist()
+    tokens: list[int] = torch.randint(5, 500, (count,), generator=generator).tolist()
+    return tokens
 
 
 def nested() -> list[Rendered]:
@@ -213,7 +214,7 @@ def test_several_packs_in_a_batch_do_not_see_each_other(model: Any) -> None:
 
 
 def test_weights_are_computed_again_where_memory_is_short(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tree_attention, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(_tree_attention, "_kept_bytes", lambda: 0)
     assert_same(model, nested(), lambda: packed_loss(model, [pack(nested())]))
 
 
@@ -260,7 +261,8 @@ def test_groups_hold_every_example_once(ids: list[list[int]], size: int, seed: i
 
 
 def test_examples_of_one_date_block_meet() -> None:
-    examples, block = [], {}
+    examples: list[Rendered] = []
+    block: dict[int, int] = {}
     for now in range(5):
         trunk = random_tokens(60, 100) + random_tokens(60, 200 + now)
         for number in range(19 if now % 2 else 16):

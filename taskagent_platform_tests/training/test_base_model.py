@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskagent_platform.artifacts import read_manifest
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.settings import Settings, load_settings
+from taskagent_platform.training.base_model import prepare_base_model
+from taskagent_platform.training.template import TEMPLATE_FILE
+
+
+def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> None:
+    manifest = read_manifest(base_folder, kind="base_model", verify=True)
+    assert manifest.details["architecture"] == "LlamaForCausalLM"
+    assert manifest.details["licence"].startswith("Apache-2.0")
+    assert (base_folder / "chat_template.jinja").read_text() == TEMPLATE_FILE.read_text() == tokenizer.chat_template
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token not in (None, "<|im_end|>")
+    generation = json.loads((base_folder / "generation_config.json").read_text())
+    config = json.loads((base_folder / "config.json").read_text())
+    assert generation["eos_token_id"] == config["eos_token_id"] == tokenizer.eos_token_id
+    assert "quantization_config" not in config
+    assert list(base_folder.glob("*.safetensors"))
+
+
+def test_the_tiny_model_depends_on_the_seed_alone(base_folder: Path, smoke: Settings, tmp_path: Path) -> None:
+    again = prepare_base_model(smoke, tmp_path / "again")
+    assert again.digest == read_manifest(base_folder).digest
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nobody/has-this-model", "base model nobody/has-this-model"), ("FOLDER", "holds no model")],
+)
+def test_a_missing_model_is_one_sentence(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    source = str(tmp_path / "empty") if source == "FOLDER" else source
+    settings = load_settings(profile="smoke", base_model={"source": source})
+    with pytest.raises(PlatformError, match=message) as caught:
+        prepare_base_model(settings, tmp_path / "base_model")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "base_model").exists()
+
+
+def test_a_local_folder_is_taken_as_it_is(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    settings = load_settings(profile="smoke", base_model={"source": str(base_folder)})
+    manifest = prepare_base_model(settings, tmp_path / "base_model")
+    assert manifest.files["model.safetensors"] == read_manifest(base_folder).files["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_smollm2_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prepare_base_model(load_settings(profile="cpu"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=16)
+    assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
