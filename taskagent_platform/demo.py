@@ -59,7 +59,7 @@ def run_demo(settings: Settings, console: Console, *, run_config: Mapping[str, A
             f"Profile {settings.profile}, domain {domain.name}: about {duration(expected.seconds)} if everything is "
             f"made anew ({expected.basis}). What is up to date is reused."
         )
-        progress = RunProgress(domain.name, len(stage_names(domain)))
+        progress = RunProgress(domain.name, stage_names(domain))
         view = TerminalView(console, progress) if console.is_terminal else PlainView(say, progress)
         try:
             with start_job(settings, instance, job_name(domain.name), run_config=run_config, say=say) as run, view:

@@ -1,7 +1,7 @@
 """How a run of the job is going, read from Dagster's event log and shown in a terminal or as plain lines."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +22,7 @@ _MARKS: Mapping[State, tuple[str, str]] = {
     "failed": ("✗", "red"),
     "skipped": ("-", "yellow"),
 }
+_CHECK_FAILED = "DagsterAssetCheckFailedError"
 _PLAIN_EVERY_S = 15.0
 
 
@@ -85,7 +86,7 @@ class StageProgress:
         """Returns how much of the stage is done, from 0 to 1, where it says so."""
         for done, whole in (("step", "steps"), ("cases_done", "cases")):
             if self.figures.get(whole):
-                return min(1.0, self.figures[done] / self.figures[whole])
+                return min(1.0, float(self.figures[done]) / float(self.figures[whole]))
         return None
 
     def details(self) -> str:
@@ -117,11 +118,11 @@ class RunProgress:
 
     Args:
         domain: the run's domain; its name is the prefix of assets and steps.
-        stages: how many stages the run has.
+        stages: the names of the assets that the run makes.
     """
 
-    def __init__(self, domain: str, stages: int) -> None:
-        self.stage_count = stages
+    def __init__(self, domain: str, stages: Collection[str]) -> None:
+        self.stage_names = frozenset(stages)
         self.stages: dict[str, StageProgress] = {}
         self.failed_checks: list[FailedCheck] = []
         self.errors: list[str] = []
@@ -148,7 +149,9 @@ class RunProgress:
         elif kind == "ASSET_CHECK_EVALUATION":
             self._check(event.asset_check_evaluation_data)
         elif name is None:
-            if kind == "STEP_FAILURE" and not self.failed_checks:
+            # A check that blocks fails its step, too; what it found is told already.
+            error = event.step_failure_data.error if kind == "STEP_FAILURE" else None
+            if error is not None and error.cls_name != _CHECK_FAILED:
                 self.errors.append(_reason(event))
         elif kind == "STEP_START":
             self.stages[name] = StageProgress(name, "running", entry.timestamp)
@@ -188,11 +191,8 @@ class RunProgress:
             self.stages[name].note = text.strip().splitlines()[0]
 
     def _asset_of_step(self, step_key: str | None) -> str | None:
-        prefix = f"{self._domain}__"
-        if step_key is None or not step_key.startswith(prefix):
-            return None
-        name = step_key.removeprefix(prefix)
-        return None if name.endswith("_checks") or "_checks" in name else name
+        name = (step_key or "").removeprefix(f"{self._domain}__")
+        return name if name in self.stage_names else None
 
 
 def _reason(event: Any) -> str:
@@ -241,7 +241,7 @@ class TerminalView:
             mark, colour = _MARKS[stage.state]
             rows.add_row(Text(mark, colour), stage.name, duration(stage.seconds(now)), Text(stage.details()))
         ended = sum(stage.ended is not None for stage in self._progress.stages.values())
-        foot = Text(f"{ended} of {self._progress.stage_count} stages, {duration(now - self._started)}", "dim")
+        foot = Text(f"{ended} of {len(self._progress.stage_names)} stages, {duration(now - self._started)}", "dim")
         running = self._progress.running
         share = running.share() if running else None
         if share is None:

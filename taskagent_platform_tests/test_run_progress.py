@@ -56,9 +56,17 @@ def broken() -> None:
         raise dg.Failure(description="The port is taken; choose another.") from error
 
 
+@dg.asset_check(asset=base, name="is_well")
+def torn() -> dg.AssetCheckResult:
+    raise RuntimeError("the report is torn")
+
+
+STAGES = ("adapter", "base", "report", "endpoint", "broken")
+
+
 def progress_of(assets: list[Any], instance: dg.DagsterInstance) -> RunProgress:
     result = dg.materialize(assets, instance=instance, raise_on_error=False)
-    progress = RunProgress("lights", len(assets))
+    progress = RunProgress("lights", STAGES)
     for record in instance.get_records_for_run(result.run_id).records:
         progress.apply(record.event_log_entry)
     return progress
@@ -94,6 +102,14 @@ def test_a_failed_stage_is_told_with_the_platform_s_sentence():
     assert progress.errors == ["broken: The port is taken; choose another."]
 
 
+def test_a_check_that_breaks_is_told_too():
+    with dg.instance_for_test() as instance:
+        progress = progress_of([base, torn], instance)
+    assert progress.failed_checks == []
+    assert ["the report is torn" in error for error in progress.errors] == [True]
+    assert list(progress.stages) == ["base"], "a check is no stage"
+
+
 def test_a_running_training_shows_step_loss_and_time_left():
     stage = StageProgress("lora_adapter", "running", 0.0)
     stage.figures = {"step": 3, "steps": 12, "loss": 0.51234, "eta_s": 95.0}
@@ -119,7 +135,7 @@ def test_durations_read_well(seconds, text):
 def test_plain_lines_tell_each_change_once_and_how_far_it_is_now_and_then():
     now = [1000.0]
     lines: list[str] = []
-    progress = RunProgress("lights", 2)
+    progress = RunProgress("lights", ["adapter"])
     view = PlainView(lines.append, progress, clock=lambda: now[0])
     stage = progress.stages["adapter"] = StageProgress("adapter", "running", 1000.0)
     for _ in range(3):
