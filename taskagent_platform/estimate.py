@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.settings import Settings
@@ -76,7 +76,9 @@ def _recorded_s(settings: Settings, domain: Domain, instance: "DagsterInstance")
         records = instance.fetch_materializations(asset_key(domain, name), limit=_LOOK_BACK).records
         for record in records:
             made = record.asset_materialization
-            values = {name: value.value for name, value in made.metadata.items()} if made is not None else {}
+            values: dict[str, Any] = (
+                {name: value.value for name, value in made.metadata.items()} if made is not None else {}
+            )
             if values.get("profile") == settings.profile and not values.get("reused"):
                 seconds = float(values.get("seconds", 0))
                 if name == "lora_adapter" and values.get("examples"):

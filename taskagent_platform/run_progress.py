@@ -86,7 +86,8 @@ class StageProgress:
         """Returns how much of the stage is done, from 0 to 1, where it says so."""
         for done, whole in (("step", "steps"), ("cases_done", "cases")):
             if self.figures.get(whole):
-                return min(1.0, float(self.figures[done]) / float(self.figures[whole]))
+                share: float = float(self.figures[done]) / float(self.figures[whole])
+                return min(1.0, share)
         return None
 
     def details(self) -> str:
