@@ -14,6 +14,18 @@ DAYS_AHEAD = (2, 3, 4, 5, 10)
 SOON = {"in 30 minutes": 30, "in an hour": 60, "in 2 hours": 120, "in 3 hours": 180}
 """Moments relative to now, in minutes."""
 
+CLOCK_WORDS = {
+    "noon": "12:00",
+    "midnight": "00:00",
+    "morning": "09:00",
+    "afternoon": "14:00",
+    "evening": "18:00",
+    "tonight": "20:00",
+    "end of day": "17:00",
+    **{f"{hour}pm": f"{hour + 12}:00" for hour in range(1, 12)},
+}
+"""What the words for times of day mean; a time in the morning is written as it is said."""
+
 
 class Span(NamedTuple):
     """The first and the last day of a span, both included."""
@@ -79,6 +91,11 @@ def date_block(now: datetime) -> str:
     lines += [f"{word} {minute(moment)}" for word, moment in soon_words(now).items()]
     lines += [", ".join(f"{word} {year}" for word, year in month_years(now).items())]
     return "\n".join(lines)
+
+
+def clock_block() -> str:
+    """Returns the times of day as text, the same at every moment."""
+    return ", ".join(f"{word} {clock}" for word, clock in CLOCK_WORDS.items())
 
 
 def minute(moment: datetime) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from taskagent_platform.domains.example_writer import Filled, values
 from taskagent_platform.domains.phrasing import Slot
 from taskagent_platform.domains.task_api.date_words import (
+    CLOCK_WORDS,
     DAYS_AHEAD,
     MONTHS,
     WEEKDAYS,
@@ -29,7 +30,6 @@ _ADJECTIVES = {
 _SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday": "Thu", "Friday": "Fri"}
 _SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
 _NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 10: "ten"}
-_PARTS_OF_DAY = {"morning": "09:00", "afternoon": "14:00", "evening": "18:00"}
 
 
 def _ordinal(day: int) -> str:
@@ -47,9 +47,18 @@ class _Day(NamedTuple):
     def filled(self) -> Filled:
         return Filled(self.text, str(self.day), note=self.note)
 
-    def at(self, text: str, clock: str) -> Filled:
+    def at(self, text: str, clock: "_Clock") -> Filled:
         """Returns a moment on this day."""
-        return Filled(text, f"{self.day}T{clock}", note=self.note)
+        note = ", ".join(part for part in (self.note, clock.note) if part)
+        return Filled(text, f"{self.day}T{clock.value}", note=note)
+
+
+class _Clock(NamedTuple):
+    """A time of day as the user writes it, as HH:MM, and the note that gives it."""
+
+    text: str
+    value: str
+    note: str
 
 
 class Wording:
@@ -268,26 +277,28 @@ class Wording:
         text = self.rng.choice(("the weekend", word)) if word == "this weekend" else word
         return Filled(text, parts["start"], parts, self._span_note(word))
 
-    def _clock(self) -> tuple[str, str]:
-        """Draws a clock time: as written, and as HH:MM."""
+    def _clock(self) -> _Clock:
+        """Draws a clock time."""
         kind = self.rng.random()
-        if kind < 0.06:
-            return "noon", "12:00"
         if kind < 0.08:
-            return "midday", "12:00"
+            return self._clock_word("noon", "noon" if kind < 0.06 else "midday")
         hour = self.rng.choice((*range(6, 23), 8, 9, 9, 10, 14, 15, 16, 17, 18))
         minutes = self.rng.choice((0, 0, 0, 30, 30, 15, 45, self.rng.randrange(5, 60, 5)))
         value = f"{hour:02d}:{minutes:02d}"
         if kind < 0.35:
-            return (value if self.rng.random() < 0.5 else value.removeprefix("0")), value
+            return _Clock(value if self.rng.random() < 0.5 else value.removeprefix("0"), value, "")
         half = "am" if hour < 12 else "pm"
         number = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
-        half = self.rng.choice((half, half, f" {half}", f" {half.upper()}", half.upper(), f" {half[0]}.m."))
-        return number + half, value
+        written = self.rng.choice((half, half, f" {half}", f" {half.upper()}", half.upper(), f" {half[0]}.m."))
+        return _Clock(number + written, value, f"{number}{half} {value}")
+
+    def _clock_word(self, word: str, text: str) -> _Clock:
+        """Returns a time of the prompt's table, written as the table does or otherwise."""
+        return _Clock(text, CLOCK_WORDS[word], f"{word} {CLOCK_WORDS[word]}")
 
     def _time(self) -> Filled:
-        text, value = self._clock()
-        return Filled(text, value)
+        clock = self._clock()
+        return Filled(clock.text, clock.value, note=clock.note)
 
     def _moment(self) -> Filled:
         """Draws a moment as a whole adverbial."""
@@ -300,28 +311,29 @@ class Wording:
                     "in 2 hours": self.rng.choice(("in 2 hours", "in two hours"))}.get(word, word)  # fmt: skip
             return Filled(text, minute(moment), note=f"{word} {minute(moment)}")
         if kind < 0.19:
-            clock, value = self._clock()
-            return today.at(f"at {clock}", value)
+            clock = self._clock()
+            return today.at(f"at {clock.text}", clock)
         if kind < 0.23:
-            return today.at("tonight", "20:00")
+            return today.at("tonight", self._clock_word("tonight", "tonight"))
         if kind < 0.35:
-            part, value = self.rng.choice(tuple(_PARTS_OF_DAY.items()))
+            part = self.rng.choice(("morning", "afternoon", "evening"))
+            clock = self._clock_word(part, part)
             found = self._named_day()
             if found.text == "today":
-                return found.at(f"this {part}", value)
+                return found.at(f"this {part}", clock)
             if found.text.startswith("the day"):
-                return found.at(f"{found.text} in the {part}", value)
+                return found.at(f"{found.text} in the {part}", clock)
             on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
-            return found.at(f"{on}{found.text} {part}", value)
+            return found.at(f"{on}{found.text} {part}", clock)
         found = self._named_day() if kind < 0.78 else self._calendar_date()
         if kind > 0.94:
             found = self._iso(self.now.date() + timedelta(days=self.rng.randint(1, 300)))
-        clock, value = self._clock()
-        word = found.text
+        clock = self._clock()
+        said, word = clock.text, found.text
         on = "on " if word[:1].isupper() or word[:1].isdigit() or (word.startswith("the ") and "of" in word) else ""
-        texts = [f"{on}{word} at {clock}", f"{on}{word} at {clock}", f"at {clock} {on}{word}"]
-        texts.append(f"{word} {clock}" if clock[:1].isdigit() and not word[-1:].isdigit() else texts[0])
-        return found.at(self.rng.choice(texts), value)
+        texts = [f"{on}{word} at {said}", f"{on}{word} at {said}", f"at {said} {on}{word}"]
+        texts.append(f"{word} {said}" if said[:1].isdigit() and not word[-1:].isdigit() else texts[0])
+        return found.at(self.rng.choice(texts), clock)
 
     def _priority(self) -> Filled:
         value = self.rng.choice(("high", "high", "medium", "low"))

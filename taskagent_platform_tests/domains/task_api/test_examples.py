@@ -1,4 +1,5 @@
 import json
+import re
 from datetime import datetime
 
 import pytest
@@ -75,6 +76,10 @@ def test_dates_mean_what_they_say(now):
     assert checked > 150
 
 
+def _clock_line(lines):
+    return next(line for line in lines if line.startswith("noon "))
+
+
 def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
     noted = 0
     for example in generate("structured_outputs", 300, 5, MOMENTS):
@@ -84,7 +89,8 @@ def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
         lines = example.messages[0]["content"].splitlines()
         arguments = json.loads(asked["tool_calls"][0]["function"]["arguments"])
         for note in asked["content"].split(", "):
-            month, _, date = note.rpartition(" ")
-            assert note in lines or month in lines[-1] or "today" in asked["content"], note
-            noted += any(date in str(value) for value in arguments.values())
+            word, _, meaning = note.rpartition(" ")
+            clock = re.fullmatch(r"[0-9:]+[ap]m", word) or f"{note}," in f"{_clock_line(lines)},"
+            assert note in lines or word in lines[-1] or clock or "today" in asked["content"], note
+            noted += any(meaning in str(value) for value in arguments.values())
     assert noted > 80
