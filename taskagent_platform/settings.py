@@ -135,10 +135,10 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 680, "function_calling": 850, "multi_tool": 520},
+        "data": {"structured_outputs": 800, "function_calling": 960, "multi_tool": 640},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 1.5e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 20,
+            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 20,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 25,
             "scheduler": "cosine", "warmup_ratio": 0.05,
         },
