@@ -1,6 +1,7 @@
 """What the words for days and moments mean, as a table that the prompt carries and the examples use.
 
-The model copies dates from the prompt instead of computing them, so each line starts with the user's own word.
+The model copies dates from the prompt instead of computing them, so each line starts with the user's own word. Every
+token of the table is paid for in each training step and each request: a date of this year is written without it.
 A week runs from Monday to Sunday.
 """
 
@@ -10,21 +11,22 @@ from typing import NamedTuple
 
 WEEKDAYS = tuple(calendar.day_name)
 MONTHS = tuple(calendar.month_name)[1:]
-DAYS_AHEAD = (2, 3, 4, 5, 10)
+DAYS_AHEAD = (2, 3, 4, 5, 6, 10)
+WEEKS_AHEAD = {"in a week": 1, "in two weeks": 2, "in three weeks": 3}
 SOON = {"in 30 minutes": 30, "in an hour": 60, "in 2 hours": 120, "in 3 hours": 180}
 """Moments relative to now, in minutes."""
 
 CLOCK_WORDS = {
-    "noon": "12:00",
-    "midnight": "00:00",
-    "morning": "09:00",
-    "afternoon": "14:00",
-    "evening": "18:00",
-    "tonight": "20:00",
-    "end of day": "17:00",
-    **{f"{hour}pm": f"{hour + 12}:00" for hour in range(1, 12)},
+    "noon": "12",
+    "midnight": "00",
+    "morning": "09",
+    "afternoon": "14",
+    "evening": "18",
+    "tonight": "20",
+    "end of day": "17",
+    **{f"{hour}pm": f"{hour + 12}" for hour in range(1, 12)},
 }
-"""What the words for times of day mean; a time in the morning is written as it is said."""
+"""The full hour that each word for a time of day means; a time in the morning is written as it is said."""
 
 
 class Span(NamedTuple):
@@ -52,8 +54,8 @@ def day_words(now: datetime) -> dict[str, date]:
         words[f"next {name}"] = monday + timedelta(days=7 + index)
     for days in DAYS_AHEAD:
         words[f"in {days} days"] = today + timedelta(days=days)
-    words["in a week"] = today + timedelta(days=7)
-    words["in two weeks"] = today + timedelta(days=14)
+    for word, weeks in WEEKS_AHEAD.items():
+        words[word] = today + timedelta(weeks=weeks)
     words["end of the week"] = friday
     words["end of the month"] = _month_end(today)
     return words
@@ -83,19 +85,34 @@ def soon_words(now: datetime) -> dict[str, datetime]:
     return {word: now + timedelta(minutes=minutes) for word, minutes in SOON.items()}
 
 
+def written(day: date, now: datetime) -> str:
+    """Returns a day as the table writes it: MM-DD, with its year before it where that is not this year."""
+    return day.strftime("%m-%d") if day.year == now.year else str(day)
+
+
+def written_span(span: Span, now: datetime) -> str:
+    """Returns a span of days as the table writes it."""
+    return f"{written(span.start, now)} to {written(span.end, now)}"
+
+
+def written_soon(moment: datetime, now: datetime) -> str:
+    """Returns a moment of the next hours as the table writes it: the time, and the word for its day."""
+    return f"{moment:%H:%M} {'today' if moment.date() == now.date() else 'tomorrow'}"
+
+
 def date_block(now: datetime) -> str:
     """Returns the table as text, a word and its meaning a line."""
     lines = [f"now {minute(now)} {WEEKDAYS[now.weekday()]}"]
-    lines += [f"{word} {day}" for word, day in day_words(now).items()]
-    lines += [f"{word} {span.start} to {span.end}" for word, span in span_words(now).items()]
-    lines += [f"{word} {minute(moment)}" for word, moment in soon_words(now).items()]
-    lines += [", ".join(f"{word} {year}" for word, year in month_years(now).items())]
+    lines += [f"{word} {written(day, now)}" for word, day in day_words(now).items()]
+    lines += [f"{word} {written_span(span, now)}" for word, span in span_words(now).items()]
+    lines += [f"{word} {written_soon(moment, now)}" for word, moment in soon_words(now).items()]
+    lines += [f"{word} {year}" for word, year in month_years(now).items() if year != now.year]
     return "\n".join(lines)
 
 
 def clock_block() -> str:
-    """Returns the times of day as text, the same at every moment."""
-    return ", ".join(f"{word} {clock}" for word, clock in CLOCK_WORDS.items())
+    """Returns the hours as text, the same at every moment."""
+    return "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
 
 
 def minute(moment: datetime) -> str:

@@ -12,7 +12,7 @@ from taskagent_platform.domains.example_writer import Done, ExampleWriter, Fille
 from taskagent_platform.domains.phrasing import Slot, Template
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
-from taskagent_platform.domains.task_api.date_words import day_words, minute
+from taskagent_platform.domains.task_api.date_words import day_words, minute, written
 from taskagent_platform.domains.task_api.prompt import system_prompt
 from taskagent_platform.domains.task_api.tools import TOOLS
 from taskagent_platform.domains.task_api.wording import Wording
@@ -34,10 +34,10 @@ class TaskApiWriter(ExampleWriter):
             "get_calendar+": 6,
         },
         "function_calling": {
-            "create_task": 13, "list_tasks": 20, "complete_task": 15, "delete_task": 14, "get_calendar": 13,
-            "create_project": 4, "no_tool": 13, "missing": 8,
+            "create_task": 13, "list_tasks": 19, "complete_task": 13, "delete_task": 12, "get_calendar": 12,
+            "create_project": 4, "no_tool": 15, "missing": 12,
         },
-        "multi_tool": {"chains": 38, "parallel": 47, "corrections": 15},
+        "multi_tool": {"chains": 40, "parallel": 49, "corrections": 11},
     }  # fmt: skip
     shares_answered = {"single": 0.2, "parallel": 0.4, "chains": 0.6, "corrections": 0.4}
     shares_missing = {"single": 0.08}
@@ -67,7 +67,8 @@ class TaskApiWriter(ExampleWriter):
     def note(self, argument: str, literal: str) -> str:
         """Returns the prompt's line for a date that the template writes as a word."""
         days = day_words(self.now)
-        return f"{literal} {days[literal]}" if argument.endswith(("date", "before")) and literal in days else ""
+        dated = argument.endswith(("date", "before")) and literal in days
+        return f"{literal} {written(days[literal], self.now)}" if dated else ""
 
     def prepare(self, template: Template, kind: str) -> Template:
         """Returns the template; some requests for a new task get one more attribute."""

@@ -19,6 +19,9 @@ from taskagent_platform.domains.task_api.date_words import (
     month_years,
     soon_words,
     span_words,
+    written,
+    written_soon,
+    written_span,
 )
 
 VALUES = Path(__file__).parent / "phrasings" / "values"
@@ -29,7 +32,7 @@ _ADJECTIVES = {
 }
 _SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday": "Thu", "Friday": "Fri"}
 _SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
-_NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 10: "ten"}
+_NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten"}
 
 
 def _ordinal(day: int) -> str:
@@ -166,7 +169,7 @@ class Wording:
             f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
             f"{month} the {nth}", f"{day.month}/{day.day}",
         )  # fmt: skip
-        return _Day(self.rng.choice(wordings), day, f"{month} {day.year} {day}")
+        return _Day(self.rng.choice(wordings), day, f"{month} {written(day, self.now)}")
 
     def _named_day(self) -> _Day:
         """Draws a day that a single word names: today, tomorrow, a weekday, next Monday."""
@@ -191,8 +194,11 @@ class Wording:
 
     def _word(self, word: str, text: str | None = None) -> _Day:
         """Returns a day of the prompt's table, written as the table does or otherwise."""
-        day = self._days[word]
-        return _Day(text or word, day, f"{word} {day}")
+        return _Day(text or word, self._days[word], self._line(word))
+
+    def _line(self, word: str) -> str:
+        """Returns the prompt's line for a day."""
+        return f"{word} {written(self._days[word], self.now)}"
 
     def _tomorrow(self) -> str:
         return self.rng.choice(_SHORT_TOMORROW) if self.rng.random() < 0.1 else "tomorrow"
@@ -221,7 +227,7 @@ class Wording:
             return self._iso(self.now.date() + timedelta(days=self.rng.randint(0, 400)))
         if kind < 0.88:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
-            return _Day(f"the {_ordinal(day.day)}", day, f"today {self._days['today']}, {_ordinal(day.day)} {day}")
+            return _Day(f"the {_ordinal(day.day)}", day, f"{self._line('today')}, {_ordinal(day.day)} {written(day, self.now)}")
         if kind < 0.93:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
             return self._word("end of the week", self.rng.choice(words))
@@ -232,8 +238,7 @@ class Wording:
         return _Day(word, self._spans[word].start, self._span_note(word))
 
     def _span_note(self, word: str) -> str:
-        span = self._spans[word]
-        return f"{word} {span.start} to {span.end}"
+        return f"{word} {written_span(self._spans[word], self.now)}"
 
     def _ahead(self) -> _Day:
         """Draws "in 3 days" and its like."""
@@ -246,8 +251,11 @@ class Wording:
         if kind < 0.8:
             one = ("in a week", "in one week", "a week from today", "a week from now", "in 1 week", "in 7 days")
             return self._word("in a week", self.rng.choice(one))
-        two = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
-        return self._word("in two weeks", self.rng.choice(two))
+        if kind < 0.92:
+            two = ("in two weeks", "in 2 weeks", "two weeks from now", "in a fortnight", "in 14 days")
+            return self._word("in two weeks", self.rng.choice(two))
+        three = ("in three weeks", "in 3 weeks", "three weeks from now", "in 21 days")
+        return self._word("in three weeks", self.rng.choice(three))
 
     def _when(self) -> Filled:
         if self.rng.random() < 0.3:
@@ -294,7 +302,8 @@ class Wording:
 
     def _clock_word(self, word: str, text: str) -> _Clock:
         """Returns a time of the prompt's table, written as the table does or otherwise."""
-        return _Clock(text, CLOCK_WORDS[word], f"{word} {CLOCK_WORDS[word]}")
+        value = f"{CLOCK_WORDS[word]}:00"
+        return _Clock(text, value, f"{word} {value}")
 
     def _time(self) -> Filled:
         clock = self._clock()
@@ -309,7 +318,10 @@ class Wording:
             text = {"in an hour": self.rng.choice(("in an hour", "in one hour", "in 1 hour", "an hour from now")),
                     "in 30 minutes": self.rng.choice(("in 30 minutes", "in half an hour", "in 30 min")),
                     "in 2 hours": self.rng.choice(("in 2 hours", "in two hours"))}.get(word, word)  # fmt: skip
-            return Filled(text, minute(moment), note=f"{word} {minute(moment)}")
+            day = "today" if moment.date() == self.now.date() else "tomorrow"
+            # The line ends in the word for the day, whose own line gives the date.
+            note = f"{word} {written_soon(moment, self.now)}".removesuffix(day) + self._line(day)
+            return Filled(text, minute(moment), note=note)
         if kind < 0.19:
             clock = self._clock()
             return today.at(f"at {clock.text}", clock)

@@ -41,10 +41,19 @@ def test_months_that_are_over_belong_to_next_year():
 def test_the_block_has_each_word_at_the_start_of_its_line():
     lines = date_block(MONDAY).splitlines()
     assert lines[0] == "now 2024-01-15T09:00 Monday"
-    assert "next Friday 2024-01-26" in lines
-    assert "this weekend 2024-01-20 to 2024-01-21" in lines
-    assert "in 2 hours 2024-01-15T11:00" in lines
+    assert "next Friday 01-26" in lines
+    assert "this weekend 01-20 to 01-21" in lines
+    assert "in 2 hours 11:00 today" in lines
 
 
-def test_a_moment_after_midnight_carries_its_date():
-    assert "in 3 hours 2024-01-16T01:30" in date_block(datetime(2024, 1, 15, 22, 30)).splitlines()
+def test_a_moment_after_midnight_names_its_day():
+    assert "in 3 hours 01:30 tomorrow" in date_block(datetime(2024, 1, 15, 22, 30)).splitlines()
+
+
+def test_what_lies_in_another_year_carries_it():
+    lines = date_block(datetime(2024, 12, 30, 9)).splitlines()
+    assert "tomorrow 12-31" in lines
+    assert "Wednesday 2025-01-01" in lines
+    assert "this week 12-30 to 2025-01-05" in lines
+    assert "March 2025" in lines
+    assert not any(line.startswith("December") for line in lines)

@@ -7,7 +7,7 @@ import pytest
 from taskagent_platform.data.verify import verify
 from taskagent_platform.domains.phrasing import Slot, read_templates
 from taskagent_platform.domains.task_api import DOMAIN
-from taskagent_platform.domains.task_api.date_words import day_words, month_years
+from taskagent_platform.domains.task_api.date_words import MONTHS, day_words, month_years
 from taskagent_platform.domains.task_api.examples import PHRASINGS, generate
 from taskagent_platform.domains.task_api.wording import Wording
 from taskagent_platform.errors import PlatformError
@@ -76,10 +76,6 @@ def test_dates_mean_what_they_say(now):
     assert checked > 150
 
 
-def _clock_line(lines):
-    return next(line for line in lines if line.startswith("noon "))
-
-
 def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
     noted = 0
     for example in generate("structured_outputs", 300, 5, MOMENTS):
@@ -87,10 +83,13 @@ def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
         if not asked["content"]:
             continue
         lines = example.messages[0]["content"].splitlines()
+        hours = next(line for line in lines if line.startswith("hours: "))
         arguments = json.loads(asked["tool_calls"][0]["function"]["arguments"])
         for note in asked["content"].split(", "):
             word, _, meaning = note.rpartition(" ")
-            clock = re.fullmatch(r"[0-9:]+[ap]m", word) or f"{note}," in f"{_clock_line(lines)},"
-            assert note in lines or word in lines[-1] or clock or "today" in asked["content"], note
+            clock = re.fullmatch(r"[0-9:]+[ap]m", word) or f"{note.removesuffix(':00')}," in f"{hours},"
+            month = any(word.startswith(name) for name in MONTHS)
+            soon = any(note.startswith(f"{line} ") for line in lines if line.startswith("in "))
+            assert note in lines or month or clock or soon or "today" in asked["content"], note
             noted += any(meaning in str(value) for value in arguments.values())
     assert noted > 80
