@@ -61,6 +61,7 @@ class TrainingSettings(_Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: str = "adamw_8bit"
+    adam_beta2: float = Field(0.999, gt=0, lt=1, description="memory of squared gradients; shorter for short runs")
     max_length: int = Field(4096, ge=64, description="tokens of the longest example; a longer one is an error")
     packing: Literal["none", "prefix", "trl"] = Field(
         "none",
@@ -138,9 +139,9 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "data": {"structured_outputs": 800, "function_calling": 960, "multi_tool": 640},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 20,
-            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 25,
-            "scheduler": "cosine", "warmup_ratio": 0.05,
+            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 14,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 40,
+            "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
         "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 20},

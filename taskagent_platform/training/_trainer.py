@@ -188,6 +188,7 @@ def training_arguments(
         "weight_decay": chosen["weight_decay"],
         "max_grad_norm": chosen["max_grad_norm"],
         "optim": chosen["optimizer"],
+        "adam_beta2": chosen["adam_beta2"],
         "bf16": chosen["dtype"] == "bfloat16",
         "fp16": chosen["dtype"] == "float16",
         "use_cpu": not on_gpu,
