@@ -1,11 +1,15 @@
-"""The one entry of Dagster: the asset graph of every registered domain, and what the graphs share."""
+"""The one entry of Dagster: the asset graphs of the domains that the settings name, and what the graphs share."""
 
 import dagster as dg
 
 from taskagent_platform.defs.domain import domain_definitions
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.defs.tracking import Tracking
-from taskagent_platform.domains.registry import domains
+from taskagent_platform.domains.registry import find_domain
+from taskagent_platform.settings import settings
+
+# Not every installed domain: "Materialize all" is to do what `make demo` does.
+_names = dict.fromkeys((settings().domain, *settings().more_domains))
 
 defs = dg.Definitions.merge(
     dg.Definitions(
@@ -14,5 +18,5 @@ defs = dg.Definitions.merge(
         # server that was evaluated belongs to the run until it is promoted, and the machine does one thing at a time.
         executor=dg.in_process_executor,
     ),
-    *(domain_definitions(domain) for domain in domains().values()),
+    *(domain_definitions(find_domain(name)) for name in _names),
 )

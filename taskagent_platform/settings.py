@@ -89,7 +89,7 @@ class ServingSettings(_Section):
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="two servers share a card while one is judged")
     start_timeout_s: float = Field(900, gt=0)
     requests_per_minute: int = Field(600, ge=1, description="for each client of the gateway")
-    destructive_per_minute: int = Field(10, ge=1, description="approved destructive calls of one agent session")
+    destructive_per_minute: int = Field(10, ge=1, description="destructive calls approved for one domain, whoever asked")
     max_tokens: int = Field(512, ge=1, description="longest answer asked for")
 
 
@@ -165,6 +165,7 @@ class Settings(BaseSettings):
     profile: ProfileName
     home: Path = PROJECT_ROOT / ".taskagent"
     domain: str = Field("task_api", description="the domain that the command line and the demo work on")
+    more_domains: tuple[str, ...] = Field((), description="other domains whose graphs Dagster shows beside it")
     seed: int = 42
     data: DataSettings = DataSettings()
     base_model: BaseModelSettings

@@ -125,7 +125,7 @@ class Platform(dg.ConfigurableResource[Any]):
 
 def fingerprint(settings: Settings) -> str:
     """Returns the digest of what decides a run's outcome: code (data generators and suites too) and settings."""
-    chosen = settings.model_dump(mode="json", exclude={"home", "ports", "domain"})
+    chosen = settings.model_dump(mode="json", exclude={"home", "ports", "domain", "more_domains"})
     return digest_of({"code": code_version(), "settings": chosen})
 
 

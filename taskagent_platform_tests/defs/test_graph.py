@@ -1,6 +1,7 @@
 """The asset graph as Dagster loads it, and what loading it costs."""
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -54,6 +55,23 @@ def test_the_graph_of_a_domain_is_the_drawn_one():
         if key.path[0] == "task_api"
     }
     assert found == GRAPH
+
+
+def test_dagster_shows_the_domains_that_the_settings_name():
+    program = (
+        "from taskagent_platform.definitions import defs\n"
+        "print(*sorted({key.path[0] for key in defs.resolve_asset_graph().get_all_asset_keys()}))\n"
+    )
+
+    def shown(**variables: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+        )
+        return done.stdout.split()
+
+    assert shown() == ["task_api"]
+    assert shown(TASKAGENT_MORE_DOMAINS='["customer_support"]') == ["customer_support", "task_api"]
+    assert shown(TASKAGENT_DOMAIN="customer_support") == ["customer_support"]
 
 
 def test_every_asset_says_what_it_is():
