@@ -89,7 +89,7 @@ class ServingSettings(_Section):
     gpu_memory_utilization: float = Field(0.45, gt=0, le=1, description="two servers share a card while one is judged")
     start_timeout_s: float = Field(900, gt=0)
     requests_per_minute: int = Field(600, ge=1, description="for each client of the gateway")
-    destructive_per_minute: int = Field(10, ge=1, description="destructive calls approved for one domain, whoever asked")
+    destructive_per_minute: int = Field(10, ge=1, description="approved destructive calls in a domain")
     max_tokens: int = Field(512, ge=1, description="longest answer asked for")
 
 

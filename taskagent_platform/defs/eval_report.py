@@ -14,6 +14,7 @@ from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import TrackedRun, Tracking
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.evaluation.report import (
     LATENCY_GATE,
     METRIC_TITLES,
@@ -29,7 +30,7 @@ from taskagent_platform.evaluation.run import evaluate
 from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, load_suite
 from taskagent_platform.serving.active import model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
-from taskagent_platform.serving.gates import REPORT_KIND, GateResult, Verdict, judge, report_code_version
+from taskagent_platform.serving.gates import REPORT_KIND, Verdict, judge, report_code_version
 from taskagent_platform.serving.server import Server, start_server, stop_server
 from taskagent_platform.settings import GateSettings, Settings
 from taskagent_platform.training.base_model import KIND as BASE

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.domains.base import Message
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.evaluation.latency import Latency
 from taskagent_platform.evaluation.scoring import Verdict
 from taskagent_platform.evaluation.statistics import wilson_interval
@@ -123,23 +124,6 @@ class Hardware(_Model):
     system: str
 
 
-class GateResult(_Model):
-    """Whether one gate lets a model through.
-
-    Attributes:
-        name: a metric's name, or ``latency_p95_ms``.
-        measured: the rate, or milliseconds; None if it was not measured.
-        target: the rate must be greater, the latency less.
-        reason: why it does not pass, by how much; empty if it does.
-    """
-
-    name: str
-    measured: float | None
-    target: float
-    passed: bool
-    reason: str
-
-
 class EvalReport(_Model):
     """An evaluation of one model on one suite.
 
@@ -223,34 +207,49 @@ def categories_of(cases: Iterable[CaseRecord]) -> dict[str, dict[str, Rate]]:
 
 
 def gate_results(report: EvalReport, gates: GateSettings) -> list[GateResult]:
-    """Judges a report by the gates as they are set now; what was not measured does not pass."""
-    results = []
-    for name, metric in metrics_of(report.cases, gates).items():
-        if metric.target is None:
-            continue
-        title = METRIC_TITLES[name]
-        if metric.rate is None:
-            reason = f"{title} was not measured: there was nothing to count."
-        elif not metric.passed:
-            reason = f"{title} is {_percent(metric)} and must be greater than {metric.target:.1%}{_short_of(metric)}."
-        else:
-            reason = ""
-        results.append(
-            GateResult(name=name, measured=metric.rate, target=metric.target, passed=not reason, reason=reason)
-        )
-    budget = gates.latency_p95_ms
-    measured = None if report.latency is None else report.latency.p95_ms
-    if measured is None:
-        reason = "Latency was not measured."
-    elif measured >= budget:
-        reason = f"p95 latency is {measured:.0f} ms and must be less than {budget:.0f} ms."
-    else:
-        reason = ""
-    results.append(GateResult(name=LATENCY_GATE, measured=measured, target=budget, passed=not reason, reason=reason))
+    """Judges a report by the gates as they are set now, from its cases, whatever it says of itself.
+
+    Rates must be strictly greater than their target, the latency strictly less; a measure that is missing, rests on
+    nothing, is no number or comes from an evaluation that did not end does not pass.
+    """
+    results = [
+        _rate_gate(metric, metric.target)
+        for metric in metrics_of(report.cases, gates).values()
+        if metric.target is not None
+    ]
+    results.append(_latency_gate(report.latency, gates.latency_p95_ms))
     if not report.complete:
         reason = "The evaluation did not go to its end."
         results = [result.model_copy(update={"passed": False, "reason": reason}) for result in results]
     return results
+
+
+def _rate_gate(metric: Metric, target: float) -> GateResult:
+    title = METRIC_TITLES[metric.name]
+    if metric.rate is None:
+        reason = f"{title} was not measured: there was nothing to count."
+    elif metric.rate > target:
+        reason = ""
+    else:
+        reason = f"{title} is {_percent(metric)} and must be greater than {target:.1%}{_short_of(metric)}."
+    interval = None if metric.low is None or metric.high is None else (metric.low, metric.high)
+    return GateResult(
+        name=metric.name, value=metric.rate, target=target, n=metric.total, interval=interval, passed=not reason,
+        reason=reason,
+    )  # fmt: skip
+
+
+def _latency_gate(latency: Latency | None, budget: float) -> GateResult:
+    measured, n = (None, 0) if latency is None else (latency.p95_ms, latency.requests)
+    if measured is None or n < 1:
+        reason = "Latency was not measured."
+    elif measured < budget:
+        reason = ""
+    else:
+        reason = f"p95 latency is {measured:.0f} ms and must be less than {budget:.0f} ms."
+    return GateResult(
+        name=LATENCY_GATE, value=measured, target=budget, n=n, interval=None, passed=not reason, reason=reason
+    )
 
 
 def render_report(report: EvalReport, gates: GateSettings, *, base: EvalReport | None = None) -> str:

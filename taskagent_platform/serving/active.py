@@ -10,7 +10,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.serving.gates import GateResult
+from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.settings import Settings
 
 DIGEST_HEADER = "x-model-digest"

@@ -3,41 +3,16 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
 from taskagent_platform.artifacts import Manifest, code_version, read_manifest
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.settings import GateSettings, Settings
+from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # the evaluation imports the OpenAI client, which takes a second; the gateway need not wait for it
     from taskagent_platform.evaluation.report import EvalReport
 
 REPORT_KIND = "eval_report"
-
-
-class GateResult(BaseModel):
-    """One gate as it was judged.
-
-    Attributes:
-        name: a metric's name, or ``latency_p95_ms``.
-        value: what was measured: a rate, or milliseconds; None if it was not measured.
-        target: the rate must be greater, the latency less.
-        n: cases, calls or requests that were counted.
-        interval: the Wilson 95 % interval of a rate; None for milliseconds and for what was not measured.
-        passed: whether it lets the model through.
-        reason: why it does not, and by how much; empty if it does.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    value: float | None
-    target: float
-    n: int
-    interval: tuple[float, float] | None
-    passed: bool
-    reason: str
 
 
 class Verdict(NamedTuple):
@@ -54,34 +29,6 @@ class Verdict(NamedTuple):
     report_digest: str | None
 
 
-def check_gates(report: "EvalReport", gates: GateSettings) -> list[GateResult]:
-    """Judges a report by the gates as they are set now, from its cases, whatever it says of itself.
-
-    Rates must be strictly greater than their target, the latency strictly less; a measure that is missing, rests on
-    nothing or comes from an evaluation that did not end does not pass.
-    """
-    from taskagent_platform.evaluation.report import LATENCY_GATE, gate_results, metrics_of
-
-    metrics = {str(name): metric for name, metric in metrics_of(report.cases, gates).items()}
-    results = []
-    for result in gate_results(report, gates):
-        metric = metrics.get(result.name)
-        n = metric.total if metric is not None else 0 if report.latency is None else report.latency.requests
-        interval = None if metric is None or metric.low is None or metric.high is None else (metric.low, metric.high)
-        passed, reason = result.passed, result.reason
-        value, target = result.measured, result.target
-        # Said again in the positive: a figure that is no number is neither over nor under its target.
-        good = value is not None and (value < target if result.name == LATENCY_GATE else value > target)
-        if passed and (n < 1 or not good):
-            passed, reason = False, f"{result.name} is {value} on {n} cases or requests: it was not really measured."
-        results.append(
-            GateResult(
-                name=result.name, value=value, target=target, n=n, interval=interval, passed=passed, reason=reason
-            )
-        )
-    return results
-
-
 def report_code_version(domain: Domain) -> str:
     """Returns the version of the code that decides what a report says; the report's artifact carries it."""
     return code_version("evaluation", "serving/server.py", f"domains/{domain.name}")
@@ -96,14 +43,14 @@ def judge(settings: Settings, domain: Domain, model: Manifest, report_folder: Pa
         model: the merged model's manifest.
         report_folder: the ``eval_report`` artifact.
     """
-    from taskagent_platform.evaluation.report import load_report
+    from taskagent_platform.evaluation.report import gate_results, load_report
 
     try:
         manifest = read_manifest(report_folder, kind=REPORT_KIND, verify=True)
         report = load_report(report_folder)
     except PlatformError as error:
         return Verdict((), (f"There is no evaluation report to go by: {error}",), None)
-    gates = tuple(check_gates(report, settings.gates))
+    gates = tuple(gate_results(report, settings.gates))
     refusals = _mismatches(settings, domain, model, manifest, report)
     refusals += [gate.reason for gate in gates if not gate.passed]
     return Verdict(gates, tuple(dict.fromkeys(refusals)), manifest.digest)

@@ -19,9 +19,10 @@ from taskagent_platform.artifacts import (
 )
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.serving.active import active_file, model_name, read_active
 from taskagent_platform.serving.deployments import MODEL_KIND, copy_model
-from taskagent_platform.serving.gates import REPORT_KIND, GateResult, judge
+from taskagent_platform.serving.gates import REPORT_KIND, judge
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:

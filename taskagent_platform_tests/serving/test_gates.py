@@ -6,8 +6,8 @@ import pytest
 
 from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.evaluation.latency import Latency
-from taskagent_platform.evaluation.report import load_report
-from taskagent_platform.serving.gates import Verdict, check_gates, judge
+from taskagent_platform.evaluation.report import gate_results, load_report
+from taskagent_platform.serving.gates import Verdict, judge
 from taskagent_platform.settings import GateSettings, Settings, load_settings
 from taskagent_platform_tests.serving.judged_model import PER_LIST, make_model, make_report, small_domain, write_suite
 
@@ -88,7 +88,7 @@ def test_a_latency_at_the_budget_is_too_slow(settings: Settings, domain: TaskApi
         (_set(complete=False), "did not go to its end"),
         (_set(latency=None), "Latency was not measured"),
         (_set(latency=Latency(requests=1, p50_ms=1, p95_ms=1, p99_ms=1)), "on 1 requests instead of 3"),
-        (_set(latency=Latency(requests=0, p50_ms=1, p95_ms=1, p99_ms=1)), "not really measured"),
+        (_set(latency=Latency(requests=0, p50_ms=1, p95_ms=1, p99_ms=1)), "was not measured"),
         (_set(cases=()), "was not measured: there was nothing to count"),
         (lambda report: report.update(cases=report["cases"][1:]), "holds other cases (79) than the suites (80)"),
         (lambda report: report.update(cases=report["cases"] * 2), "holds other cases (160) than the suites (80)"),
@@ -163,5 +163,5 @@ def test_a_figure_that_is_no_number_does_not_pass(settings: Settings, domain: Ta
     report = load_report(make_report(settings, domain, model))
     nothing = Latency(requests=40, p50_ms=1, p95_ms=float("nan"), p99_ms=1)
     broken = report.model_copy(update={"latency": nothing})
-    failed = [gate for gate in check_gates(broken, GateSettings()) if not gate.passed]
+    failed = [gate for gate in gate_results(broken, GateSettings()) if not gate.passed]
     assert [gate.name for gate in failed] == ["latency_p95_ms"]

@@ -227,7 +227,9 @@ class Wording:
             return self._iso(self.now.date() + timedelta(days=self.rng.randint(0, 400)))
         if kind < 0.88:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
-            return _Day(f"the {_ordinal(day.day)}", day, f"{self._line('today')}, {_ordinal(day.day)} {written(day, self.now)}")
+            return _Day(
+                f"the {_ordinal(day.day)}", day, f"{self._line('today')}, {_ordinal(day.day)} {written(day, self.now)}"
+            )
         if kind < 0.93:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
             return self._word("end of the week", self.rng.choice(words))
