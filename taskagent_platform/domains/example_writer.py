@@ -19,6 +19,7 @@ from taskagent_platform.domains.phrasing import (
     Template,
     Text,
     Turn,
+    Value,
     read_templates,
     read_values,
 )
@@ -26,6 +27,12 @@ from taskagent_platform.domains.phrasing import (
 Done = tuple[str, dict[str, Any], dict[str, Any]]
 """A call that was executed: tool, arguments, result."""
 _LETTERS = re.compile(r"[a-z]{5,}")
+COMBINED = "combined"
+"""The kind of example that asks for several unrelated things: short requests for one call each, joined."""
+_SHORT = 6
+"""Words of a request that is joined with others, its slots counted as one."""
+_JOINTS = (" and ", " and ", ", and ", " and also ", ", then ", "; ", ". ", ". Also, ", ", plus ", ", also ")
+_JOINTS_OF_SENTENCES = (" ", " Also, ", " And ", " Then ")
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,8 @@ class ExampleWriter(ABC):
             are in its folder ``values``.
         tools: the domain's tools.
         mixes: for each source, how often each kind of example is drawn. A kind is a phrasing file; the file of a
-            tool is two kinds, its calls with one argument (or none), and with ``+`` those with more.
+            tool is two kinds, its calls with one argument (or none), and with ``+`` those with more. The kind
+            ``COMBINED`` joins short requests of the tools' files.
         shares_answered: for each kind, how many examples go on from the last call to its result and the final
             answer; ``single`` stands for every example of one turn and at most one call.
         shares_missing: for each kind, how many examples name something that does not exist.
@@ -128,15 +136,38 @@ class ExampleWriter(ABC):
 
     @classmethod
     def _deck(cls, kind: str, rng: random.Random) -> Iterator[Template]:
-        """Deals the templates of a kind in random order, all of them before any comes again."""
+        """Deals the templates of a kind in random order; the shorter half twice before any other comes again.
+
+        People mostly ask in few words, and whoever writes phrasings down looks for unusual ones.
+        """
+        if kind == COMBINED:
+            yield from cls._combinations(rng)
         name = kind.removesuffix("+")
         found = [
             template
             for template in cls.templates(name)
             if all(tool.name != name for tool in cls.tools) or _is_rich(template) == kind.endswith("+")
         ]
+        found.sort(key=_words)
+        dealt = [*found, *found[: len(found) // 2]]
         while True:
-            yield from rng.sample(found, len(found))
+            yield from rng.sample(dealt, len(dealt))
+
+    @classmethod
+    def _combinations(cls, rng: random.Random) -> Iterator[Template]:
+        """Joins two or three short requests for one call each into one for all of them."""
+        short = {
+            tool.name: [template for template in cls.templates(tool.name) if _words(template) <= _SHORT]
+            for tool in cls.tools
+        }
+        names = [name for name, found in short.items() if found]
+        while True:
+            count = 2 if rng.random() < 0.75 else 3
+            parts = [rng.choice(short[rng.choice(names)]) for _ in range(count)]
+            # Of two that ask for the same without any value, one would be the other's echo.
+            echoes = [part.calls[0].tool for part in parts if not any(map(_is_slot, part.turns[0].request))]
+            if len(set(echoes)) == len(echoes):
+                yield _join(parts, rng)
 
     @abstractmethod
     def system_prompt(self) -> str:
@@ -231,7 +262,7 @@ class ExampleWriter(ABC):
             ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
             yield {
                 "role": "assistant",
-                "content": self._notes(step) or None,
+                "content": self._plan(step, turn.request) or None,
                 "tool_calls": [
                     {"id": id_, "type": "function", "function": {"name": tool, "arguments": dump(arguments)}}
                     for id_, (tool, arguments) in zip(ids, calls, strict=True)
@@ -249,20 +280,37 @@ class ExampleWriter(ABC):
         yield {"role": "assistant", "content": self.answer(done)}
 
     def note(self, argument: str, literal: str) -> str:
-        """Returns what is noted down before a call for an argument that the template writes as a bare word."""
+        """Returns the note for an argument that the template writes as a bare word."""
         return ""
 
-    def _notes(self, step: Sequence[CallTemplate]) -> str:
-        """Returns what the assistant notes down before the calls of a step, each thing once."""
-        notes = (
-            self.note(name, piece) if isinstance(piece, str) else self.filled[piece.key].note
-            for call in step
-            for name, value in call.arguments.items()
-            if not isinstance(value, Result)
-            for text in (value if isinstance(value, list) else [value])
-            for piece in text
-        )
-        return ", ".join(dict.fromkeys(note for note in notes if note))
+    def _plan(self, step: Sequence[CallTemplate], request: Text) -> str:
+        """Returns what the assistant notes down before the calls of a step.
+
+        For each call, the optional arguments that were mentioned, in the order of the request, each by what has to be
+        looked up for it or by its name; several calls are told apart by their tools. Deciding what a call needs while
+        reading the request is easier for a small model than remembering it at each argument in turn.
+        """
+        plans = [self._mentions(call, request) for call in step]
+        if len(step) == 1:
+            return plans[0]
+        return "; ".join(f"{call.tool} {plan}".rstrip() for call, plan in zip(step, plans, strict=True))
+
+    def _mentions(self, call: CallTemplate, request: Text) -> str:
+        fields = next(tool for tool in self.tools if tool.name == call.tool).arguments.model_fields
+        found: list[tuple[int, str]] = []
+        for name in (name for name in fields if name in call.arguments):
+            value = call.arguments[name]
+            texts = [] if isinstance(value, Result) else value if isinstance(value, list) else [value]
+            pieces = [piece for text in texts for piece in text]
+            notes = [
+                self.note(name, piece) if isinstance(piece, str) else self.filled[piece.key].note for piece in pieces
+            ]
+            said = ", ".join(dict.fromkeys(note for note in notes if note))
+            if said or not fields[name].is_required():
+                keys = {piece.key for piece in pieces if isinstance(piece, Slot)}
+                places = (at for at, part in enumerate(request) if isinstance(part, Slot) and part.key in keys)
+                found.append((next(places, -1), said or name))
+        return ", ".join(dict.fromkeys(text for _, text in sorted(found, key=lambda one: one[0])))
 
     def _say(self, value: Text) -> str:
         """Returns what the assistant says: slots in the user's words."""
@@ -355,6 +403,53 @@ def values(path: Path) -> tuple[str, ...]:
 @cache
 def _templates(path: Path) -> tuple[Template, ...]:
     return tuple(read_templates(path))
+
+
+def _words(template: Template) -> int:
+    """Returns the words of a template's requests, a slot counted as one."""
+    return sum(
+        len("".join("slot" if isinstance(piece, Slot) else piece for piece in turn.request).split())
+        for turn in template.turns
+    )
+
+
+def _join(parts: Sequence[Template], rng: random.Random) -> Template:
+    """Joins requests for one call each into one request for all the calls, made in the same turn."""
+    request: list[str | Slot] = []
+    calls = []
+    for number, part in enumerate(parts):
+        letter = "abc"[number]
+        pieces = [_lettered(piece, letter) for piece in part.turns[0].request]
+        if number:
+            end = request[-1]
+            if isinstance(end, str) and end.endswith((".", ":")):
+                request[-1] = end = end[:-1]
+            whole = isinstance(end, str) and end.endswith(("?", "!"))
+            last = number == len(parts) - 1
+            joint = rng.choice(_JOINTS_OF_SENTENCES) if whole else rng.choice(_JOINTS) if last else ", "
+            request.append(joint)
+            if isinstance(pieces[0], str) and not joint.rstrip().endswith(".") and not pieces[0].startswith("I"):
+                pieces[0] = pieces[0][:1].lower() + pieces[0][1:]
+        request += pieces
+        call = part.calls[0]
+        arguments: dict[str, Value] = {}
+        for name, value in call.arguments.items():
+            if isinstance(value, list):
+                arguments[name] = [tuple(_lettered(piece, letter) for piece in item) for item in value]
+            elif isinstance(value, tuple):
+                arguments[name] = tuple(_lettered(piece, letter) for piece in value)
+        calls.append(CallTemplate(call.tool, arguments))
+    joined = Turn(tuple(request), (tuple(calls),))
+    return Template((joined,), "+".join(f"{part.file}:{part.line}" for part in parts), 0)
+
+
+def _is_slot(piece: str | Slot) -> bool:
+    return isinstance(piece, Slot)
+
+
+def _lettered(piece: str | Slot, letter: str) -> str | Slot:
+    """Returns the piece; a slot as a draw of its own."""
+    return piece if isinstance(piece, str) else replace(piece, draw=letter + piece.draw)
 
 
 def _is_rich(template: Template) -> bool:

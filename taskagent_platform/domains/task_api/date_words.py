@@ -13,7 +13,16 @@ WEEKDAYS = tuple(calendar.day_name)
 MONTHS = tuple(calendar.month_name)[1:]
 DAYS_AHEAD = (2, 3, 4, 5, 6, 10)
 WEEKS_AHEAD = {"in a week": 1, "in two weeks": 2, "in three weeks": 3}
-SOON = {"in 30 minutes": 30, "in an hour": 60, "in 2 hours": 120, "in 3 hours": 180}
+SOON = {
+    "in 10 minutes": 10,
+    "in 15 minutes": 15,
+    "in 20 minutes": 20,
+    "in 30 minutes": 30,
+    "in 45 minutes": 45,
+    "in an hour": 60,
+    "in 2 hours": 120,
+    "in 3 hours": 180,
+}
 """Moments relative to now, in minutes."""
 
 CLOCK_WORDS = {

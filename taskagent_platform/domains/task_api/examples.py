@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from taskagent_platform.domains.example_writer import Done, ExampleWriter, Filled
+from taskagent_platform.domains.example_writer import COMBINED, Done, ExampleWriter, Filled
 from taskagent_platform.domains.phrasing import Slot, Template
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
@@ -30,16 +30,16 @@ class TaskApiWriter(ExampleWriter):
     tools = TOOLS
     mixes = {
         "structured_outputs": {
-            "create_task+": 40, "update_task+": 23, "create_reminder+": 15, "list_tasks+": 10, "create_project+": 6,
-            "get_calendar+": 6,
+            "create_task+": 38, "update_task+": 20, "create_reminder+": 14, "list_tasks+": 17, "create_project+": 6,
+            "get_calendar+": 5,
         },
         "function_calling": {
-            "create_task": 13, "list_tasks": 19, "complete_task": 13, "delete_task": 12, "get_calendar": 12,
-            "create_project": 4, "no_tool": 15, "missing": 12,
+            "create_task": 14, "list_tasks": 19, "overdue": 5, "complete_task": 12, "delete_task": 10,
+            "get_calendar": 11, "create_project": 3, "no_tool": 14, "missing": 12,
         },
-        "multi_tool": {"chains": 40, "parallel": 49, "corrections": 11},
+        "multi_tool": {"chains": 42, "parallel": 26, COMBINED: 22, "corrections": 10},
     }  # fmt: skip
-    shares_answered = {"single": 0.2, "parallel": 0.4, "chains": 0.6, "corrections": 0.4}
+    shares_answered = {"single": 0.2, "parallel": 0.4, COMBINED: 0.2, "chains": 0.6, "corrections": 0.4}
     shares_missing = {"single": 0.08}
 
     def __init__(self, rng: random.Random, now: datetime) -> None:

@@ -207,7 +207,7 @@ class Wording:
         """Draws a day as a noun; a second draw in one request lies after the first."""
         for _ in range(50):
             found = self._any_date()
-            if not draw or self._last_date is None or found.day > self._last_date:
+            if not draw[-1:].isdigit() or self._last_date is None or found.day > self._last_date:
                 break
         else:
             found = self._iso((self._last_date or self.now.date()) + timedelta(days=self.rng.randint(1, 9)))
@@ -311,25 +311,38 @@ class Wording:
         clock = self._clock()
         return Filled(clock.text, clock.value, note=clock.note)
 
+    def _soon(self) -> Filled:
+        """Draws a moment a while from now."""
+        word, moment = self.rng.choice(tuple(soon_words(self.now).items()))
+        others = {
+            "in an hour": ("in one hour", "in 1 hour", "an hour from now"),
+            "in 30 minutes": ("in half an hour", "in 30 min", "in 30 mins"),
+            "in 2 hours": ("in two hours", "two hours from now"),
+            "in 3 hours": ("in three hours", "3 hours from now"),
+            "in 15 minutes": ("in a quarter of an hour", "in 15 min", "in fifteen minutes"),
+            "in 10 minutes": ("in ten minutes", "in 10 min", "10 minutes from now"),
+            "in 20 minutes": ("in twenty minutes", "in 20 min", "in 20 mins"),
+        }
+        text = self.rng.choice((word, word, *others.get(word, ())))
+        day = "today" if moment.date() == self.now.date() else "tomorrow"
+        # The line ends in the word for the day, whose own line gives the date.
+        note = f"{word} {written_soon(moment, self.now)}".removesuffix(day) + self._line(day)
+        return Filled(text, minute(moment), note=note)
+
     def _moment(self) -> Filled:
         """Draws a moment as a whole adverbial."""
         kind = self.rng.random()
         today = self._word("today")
         if kind < 0.13:
-            word, moment = self.rng.choice(tuple(soon_words(self.now).items()))
-            text = {"in an hour": self.rng.choice(("in an hour", "in one hour", "in 1 hour", "an hour from now")),
-                    "in 30 minutes": self.rng.choice(("in 30 minutes", "in half an hour", "in 30 min")),
-                    "in 2 hours": self.rng.choice(("in 2 hours", "in two hours"))}.get(word, word)  # fmt: skip
-            day = "today" if moment.date() == self.now.date() else "tomorrow"
-            # The line ends in the word for the day, whose own line gives the date.
-            note = f"{word} {written_soon(moment, self.now)}".removesuffix(day) + self._line(day)
-            return Filled(text, minute(moment), note=note)
-        if kind < 0.19:
+            return self._soon()
+        if kind < 0.27:
             clock = self._clock()
             return today.at(f"at {clock.text}", clock)
-        if kind < 0.23:
+        if kind < 0.31:
             return today.at("tonight", self._clock_word("tonight", "tonight"))
-        if kind < 0.35:
+        if kind < 0.34:
+            return today.at("at the end of the day", self._clock_word("end of day", "end of day"))
+        if kind < 0.43:
             part = self.rng.choice(("morning", "afternoon", "evening"))
             clock = self._clock_word(part, part)
             found = self._named_day()
@@ -339,8 +352,8 @@ class Wording:
                 return found.at(f"{found.text} in the {part}", clock)
             on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
             return found.at(f"{on}{found.text} {part}", clock)
-        found = self._named_day() if kind < 0.78 else self._calendar_date()
-        if kind > 0.94:
+        found = self._named_day() if kind < 0.81 else self._calendar_date()
+        if kind > 0.95:
             found = self._iso(self.now.date() + timedelta(days=self.rng.randint(1, 300)))
         clock = self._clock()
         said, word = clock.text, found.text

@@ -86,6 +86,8 @@ def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
         hours = next(line for line in lines if line.startswith("hours: "))
         arguments = json.loads(asked["tool_calls"][0]["function"]["arguments"])
         for note in asked["content"].split(", "):
+            if note in arguments:
+                continue
             word, _, meaning = note.rpartition(" ")
             clock = re.fullmatch(r"[0-9:]+[ap]m", word) or f"{note.removesuffix(':00')}," in f"{hours},"
             month = any(word.startswith(name) for name in MONTHS)
@@ -93,3 +95,43 @@ def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
             assert note in lines or month or clock or soon or "today" in asked["content"], note
             noted += any(meaning in str(value) for value in arguments.values())
     assert noted > 80
+
+
+def test_the_plan_names_what_was_mentioned_in_the_order_of_the_request():
+    orders = set()
+    for example in generate("structured_outputs", 500, 5, MOMENTS):
+        request, asked = example.messages[1:3]
+        given = json.loads(asked["tool_calls"][0]["function"]["arguments"])
+        plan = (asked["content"] or "").split(", ")
+        if {"project_id", "tags"} <= set(given):
+            places = {name: request["content"].casefold().find(_said(given[name])) for name in ("project_id", "tags")}
+            assert plan.index("project_id") < plan.index("tags") or places["tags"] < places["project_id"]
+            assert plan.index("tags") < plan.index("project_id") or places["project_id"] < places["tags"]
+            orders.add(plan.index("tags") < plan.index("project_id"))
+        optional = {"priority", "tags", "project_id", "status", "description"} & set(given)
+        assert optional <= set(plan)
+    assert orders == {True, False}
+
+
+_FIELDS = {name for tool in DOMAIN.tools for name in tool.arguments.model_fields}
+
+
+def _said(value):
+    return (value[0] if isinstance(value, list) else value).casefold()
+
+
+def test_the_plan_of_several_calls_names_their_tools():
+    seen = 0
+    for example in generate("multi_tool", 120, 5, MOMENTS):
+        for message in example.messages:
+            calls = message.get("tool_calls", [])
+            if len(calls) < 2:
+                continue
+            plans = message["content"].split("; ")
+            assert [plan.split(" ")[0] for plan in plans] == [call["function"]["name"] for call in calls]
+            for plan, call in zip(plans, calls, strict=True):
+                given = json.loads(call["function"]["arguments"])
+                named = [word for word in plan.split(" ", 1)[-1].split(", ") if word in _FIELDS]
+                assert set(named) <= set(given)
+            seen += 1
+    assert seen > 40
