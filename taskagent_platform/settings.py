@@ -136,15 +136,15 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 800, "function_calling": 960, "multi_tool": 640},
+        "data": {"structured_outputs": 860, "function_calling": 1040, "multi_tool": 800},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 14,
+            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 16,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 40,
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
         "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
-        "evaluation": {"base_sample": 20},
+        "evaluation": {"base_sample": 12},
         "gates": {"latency_p95_ms": 5_000},
     },
     "gpu": {
