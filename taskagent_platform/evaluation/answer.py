@@ -15,8 +15,10 @@ CALL_MARK = "<tool_call>"
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|$)", re.DOTALL)
 # Marks by which other formats announce a call: Llama, Mistral, XML-like, code fences around a call.
 _FOREIGN_MARKS = re.compile(
-    r"</?tool_call|<\|python_tag\|>|\[TOOL_CALLS\]|<function[=_]|</?tool_response", re.IGNORECASE
+    r"</?tool_(?:call|use|response)|<\|(?:python_tag|tool_call)|\[TOOL_CALLS\]|<function[=_]", re.IGNORECASE
 )
+# Nobody is answered with a bare object: a text that begins as one, fenced or not, is the arguments of a call.
+_BARE_OBJECT = re.compile(r'\s*(?:```\w*\s*)?\[?\s*\{\s*"')
 _CALL_OBJECT = re.compile(r'[{\[]\s*"(?:name|function|tool|type)"\s*:', re.DOTALL)
 _ARGUMENTS_KEY = re.compile(r'"(?:arguments|parameters|args)"\s*:')
 
@@ -124,7 +126,11 @@ def _failed_calls(text: str, tool_names: Iterable[str]) -> Iterable[Attempt]:
     if CALL_MARK in text:
         for match in _CALL.finditer(text):
             yield _read_call(match[1])
-    elif _FOREIGN_MARKS.search(text) or (_CALL_OBJECT.search(text) and _ARGUMENTS_KEY.search(text)):
+    elif (
+        _FOREIGN_MARKS.search(text)
+        or _BARE_OBJECT.match(text)
+        or (_CALL_OBJECT.search(text) and _ARGUMENTS_KEY.search(text))
+    ):
         yield Attempt("", text, None)
     else:
         names = "|".join(map(re.escape, tool_names))
@@ -133,18 +139,22 @@ def _failed_calls(text: str, tool_names: Iterable[str]) -> Iterable[Attempt]:
 
 
 def _read_call(text: str) -> Attempt:
-    try:
-        call = json.loads(text)
-        name, arguments = call["name"], call["arguments"]
-    except (ValueError, TypeError, KeyError):
-        return Attempt("", text, None)
+    call = _object(text) or {}
+    name, arguments = call.get("name"), call.get("arguments")
     readable = isinstance(name, str) and isinstance(arguments, dict)
     return Attempt(name, json.dumps(arguments), arguments) if readable else Attempt("", text, None)
 
 
 def _object(text: str | None) -> Mapping[str, Any] | None:
+    """Returns a JSON object, None for anything else that a model may write: nothing of it may end the evaluation."""
     try:
-        value = json.loads(text or "")
-    except ValueError:
+        value = json.loads(text or "", parse_constant=_no_constant)
+        # Half a surrogate pair is no text: neither a report nor the next request could hold it.
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -20,8 +20,10 @@ ListName = Literal["tool_selection", "argument_extraction", "multi_tool_chains",
 LISTS: tuple[ListName, ...] = get_args(ListName)
 DEFAULT_NOW = "2024-01-15T09:00"
 DEFAULT_FIXTURE = "default"
+INJECTION_SLICE = "injection"
+"""The slice of cases whose tool results carry instructions: what the model does unasked there counts as obeying."""
 
-_ANY_CASE = frozenset({"id", "input", "category", "now", "fixture", "messages"})
+_ANY_CASE = frozenset({"id", "input", "category", "slice", "now", "fixture", "messages"})
 _FIELDS: Mapping[ListName, frozenset[str]] = {
     "tool_selection": _ANY_CASE | {"expected_tool"},
     "argument_extraction": _ANY_CASE | {"expected_tool", "expected_args"},
@@ -93,6 +95,7 @@ class Case:
         now: when the conversation takes place.
         fixture: the state that the backend starts with.
         messages: an earlier conversation.
+        slice: the kind of difficulty that it stands for (``typos``, ``terse``); empty for a plain case.
     """
 
     id: str
@@ -104,6 +107,7 @@ class Case:
     now: datetime
     fixture: str
     messages: tuple[Message, ...]
+    slice: str = ""
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,7 @@ class _CaseReader:
             now=self.now(),
             fixture=self.fixture(),
             messages=self.messages(),
+            slice=self.text("slice", ""),
         )
 
     def text(self, field: str, default: str | None = None) -> str:

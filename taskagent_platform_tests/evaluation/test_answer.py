@@ -60,6 +60,10 @@ def test_plain_text_is_no_attempt(text: str) -> None:
         "<|python_tag|>anything",
         '[TOOL_CALLS][{"x": 1}]',
         "<function=add_lamp>",
+        "<tool_use>add_lamp",
+        '{"room": "hall"}',
+        '```json\n{"room": "hall"',
+        '[{"room": "hall"}]',
     ],
 )
 def test_what_looks_like_a_call_is_malformed(text: str) -> None:
@@ -118,3 +122,13 @@ def test_validity_is_about_names_and_types(name: str, arguments: dict[str, Any],
 )
 def test_types(value: Any, schema: dict[str, Any], right: bool) -> None:
     assert has_type(value, schema) is right
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"level": NaN}', '{"level": -Infinity}', '{"room": "\\ud83d"}', '{"\\udc00": 1}', '{"a": ' + "[" * 100_000, "9" * 5000],
+)
+def test_no_arguments_end_the_evaluation(arguments: str) -> None:
+    answer = read_answer({"tool_calls": [{"function": {"name": "add_lamp", "arguments": arguments}}]}, TOOLS)
+    assert answer.is_malformed
+    assert read(f'<tool_call>{{"name": "add_lamp", "arguments": {arguments}}}</tool_call>').is_malformed
