@@ -102,6 +102,12 @@ class EvaluationSettings(_Section):
     base_sample: int | None = Field(None, ge=1, description="cases of each list asked of the base model; all if unset")
     case_limit: int | None = Field(None, ge=1, description="cases of each list; a report made with it says so")
     max_turns: int = Field(6, ge=1, description="model turns in one chain")
+    samples: int = Field(1, ge=1, le=32, description="answers to each case for pass^k; 1 leaves pass^k out")
+    sample_temperature: float = Field(0.7, gt=0, le=2, description="temperature of those samples")
+    sample_cases: int | None = Field(50, ge=1, description="cases of each list that are sampled; all if unset")
+    load_concurrency: int = Field(64, ge=0, description="highest concurrency of the load curve; 0 leaves it out")
+    load_requests: int = Field(32, ge=1, description="requests at each concurrency, or twice the concurrency if more")
+    load_seconds: float = Field(60, gt=0, description="how long the load curve may take")
 
 
 class GateSettings(_Section):
@@ -113,6 +119,12 @@ class GateSettings(_Section):
     multi_tool: float = Field(0.85, ge=0, lt=1)
     latency_p95_ms: float = Field(500, gt=0, description="the budget of this profile's hardware")
     latency_target_ms: float = Field(500, gt=0, description="the specification's target, shown beside the budget")
+    judge_by: Literal["rate", "lower_bound"] = Field(
+        "rate", description="whether the rate or the lower bound of its 95 % interval must exceed the target"
+    )
+    champion_margin: float = Field(
+        0.02, ge=0, lt=1, description="how much lower a candidate's share of right cases may be than the champion's"
+    )
 
 
 class PortSettings(_Section):
@@ -131,7 +143,10 @@ _PROFILES: dict[str, dict[str, Any]] = {
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 4,
         },
         "serving": {"dtype": "float32", "enforce_eager": True, "kv_cache_gib": 0.5, "max_tokens": 48, "port": 8230},
-        "evaluation": {"case_limit": 6, "latency_requests": 3, "latency_warmup": 1, "base_sample": 3, "max_turns": 3},
+        "evaluation": {
+            "case_limit": 6, "latency_requests": 3, "latency_warmup": 1, "base_sample": 3, "max_turns": 3,
+            "load_concurrency": 0,
+        },
         "gates": {"latency_p95_ms": 20_000},
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
@@ -144,7 +159,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
         "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
-        "evaluation": {"base_sample": 12},
+        "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},
         "gates": {"latency_p95_ms": 5_000},
     },
     "gpu": {

@@ -4,33 +4,44 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, get_args
 
 import dagster as dg
 
 from taskagent_platform.artifacts import Manifest, code_version, digest_of, find_artifact, new_artifact, read_manifest
-from taskagent_platform.defs.figures import table
+from taskagent_platform.defs.figures import latency_plot, table
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import TrackedRun, Tracking
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.comparison import CHAMPION_GATE, compare
 from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.metric import METRIC_TITLES, MetricName
+from taskagent_platform.evaluation.page import PAGE_FILE
 from taskagent_platform.evaluation.report import (
     LATENCY_GATE,
-    METRIC_TITLES,
     REPORT_FILE,
     TEXT_FILE,
     EvalReport,
-    MetricName,
     load_report,
     render_report,
     save_report,
 )
 from taskagent_platform.evaluation.run import evaluate
 from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, load_suite
-from taskagent_platform.serving.active import model_name
+from taskagent_platform.serving.active import Deployment, model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
-from taskagent_platform.serving.gates import REPORT_KIND, Verdict, judge, report_code_version
+from taskagent_platform.serving.gates import (
+    REPORT_KIND,
+    Verdict,
+    champion_of,
+    champion_report_folder,
+    judge,
+    read_champion_report,
+    report_code_version,
+)
 from taskagent_platform.serving.server import Server, start_server, stop_server
 from taskagent_platform.settings import GateSettings, Settings
 from taskagent_platform.training.base_model import KIND as BASE
@@ -38,7 +49,11 @@ from taskagent_platform.training.fine_tune import KIND as ADAPTER
 from taskagent_platform.training.merge import KIND as MERGED
 
 BASE_KIND = "base_eval_report"
-GATES: tuple[str, ...] = (*(name for name in get_args(MetricName) if name in GateSettings.model_fields), LATENCY_GATE)
+GATES: tuple[str, ...] = (
+    *(name for name in get_args(MetricName) if name in GateSettings.model_fields),
+    LATENCY_GATE,
+    CHAMPION_GATE,
+)
 _FAILURES_SHOWN = 12
 _SERVING = ("dtype", "speculation", "enforce_eager", "max_tokens", "max_model_len", "max_num_seqs")
 
@@ -76,7 +91,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
-                with _server(stage, BASE, model) as server:
+                with _server(stage, stage.folder(BASE), model) as server:
                     measured = _measure(stage, server, suite, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)
@@ -121,12 +136,13 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             base = load_report(stage.folder(BASE_KIND))
             found = find_artifact(stage.folder(), **made_from)
+            champion = _champion_report(stage, model, suite)
             if found is None:
-                verdict = _evaluate_candidate(stage, model, suite, made_from, base)
+                verdict = _evaluate_candidate(stage, model, suite, made_from, base, champion)
             else:
                 verdict = judge(stage.settings, domain, model, stage.folder())
             measured = load_report(stage.folder())
-            stage.say("\n" + render_report(measured, stage.settings.gates, base=base))
+            stage.say("\n" + render_report(measured, stage.settings.gates, base=base, champion=champion))
             run = tracking.run_of_model(stage.settings, domain.name, model.inputs[ADAPTER], "fine-tuning")
             _track(run, stage, measured)
             return stage.result(
@@ -137,7 +153,12 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
                 mlflow=dg.MetadataValue.url(run.url),
                 report=_rates_table(measured, base),
                 gates=_gates_table(verdict.gates, measured),
+                slices=_slices_table(measured),
+                against_base=_comparison_table(measured, base),
+                against_champion=_comparison_table(measured, champion),
+                latency=latency_plot(measured.latency, measured.load),
                 failures=_failures_table(measured),
+                page=dg.MetadataValue.url((stage.folder() / PAGE_FILE).as_uri()),
                 text=dg.MetadataValue.path(stage.folder() / TEXT_FILE),
             )
 
@@ -172,31 +193,75 @@ def gate_checks(domain: Domain) -> dg.AssetChecksDefinition:
     return checks
 
 
+def _champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport | None:
+    """Returns the report of the model that this one would replace; measures that model again where it is outdated.
+
+    None where there is no such model.
+    """
+    champion = champion_of(stage.settings, stage.domain, model.digest)
+    if champion is None:
+        return None
+    try:
+        return read_champion_report(stage.settings, stage.domain, champion)
+    except PlatformError as error:
+        stage.say(f"The champion is measured again. {error}")
+        return _measure_champion(stage, champion, suite)
+
+
+def _measure_champion(stage: Stage, champion: Deployment, suite: Suite) -> EvalReport:
+    kept = read_manifest(champion.model_folder, kind=MERGED, verify=True)
+    with _server(stage, champion.model_folder, kept, any_settings=True) as server:
+        measured = _measure(stage, server, suite, measure_latency=False)
+    folder = champion_report_folder(stage.settings, stage.domain.name, champion.model_digest)
+    with new_artifact(
+        folder,
+        kind=REPORT_KIND,
+        inputs={MERGED: champion.model_digest, "suite": suite.digest},
+        settings=_measured_with(stage.settings),
+        code_version=report_code_version(stage.domain),
+    ) as scratch:
+        save_report(measured, scratch, stage.settings.gates)
+    return measured
+
+
 def _evaluate_candidate(
-    stage: Stage, model: Manifest, suite: Suite, made_from: dict[str, Any], base: EvalReport
+    stage: Stage,
+    model: Manifest,
+    suite: Suite,
+    made_from: dict[str, Any],
+    base: EvalReport,
+    champion: EvalReport | None,
 ) -> Verdict:
     """Serves and measures the candidate; leaves its server running only if it may be deployed."""
-    with _server(stage, MERGED, model, keep=lambda: not verdict.refusals) as server:
+    with _server(stage, stage.folder(MERGED), model, keep=lambda: not verdict.refusals) as server:
         measured = _measure(stage, server, suite, measure_latency=True)
         with new_artifact(stage.folder(), **made_from) as scratch:
-            save_report(measured, scratch, stage.settings.gates, base=base)
+            save_report(measured, scratch, stage.settings.gates, base=base, champion=champion)
         verdict = judge(stage.settings, stage.domain, model, stage.folder())
     return verdict
 
 
 @contextmanager
-def _server(stage: Stage, name: str, model: Manifest, keep: Callable[[], bool] = lambda: False) -> Iterator[Server]:
+def _server(
+    stage: Stage,
+    folder: Path,
+    model: Manifest,
+    keep: Callable[[], bool] = lambda: False,
+    *,
+    any_settings: bool = False,
+) -> Iterator[Server]:
     """Yields a server of one of the domain's models: the one that runs already, or one started for the block.
 
     Args:
         stage: the asset that measures.
-        name: the model's asset.
+        folder: the model's.
         model: its manifest.
+        any_settings: take a server that was started with other serving settings, too.
         keep: asked when the block has succeeded: whether a server that was started here goes on, owned by this
             process, until it is promoted or the process ends.
     """
     settings, domain = stage.settings, stage.domain.name
-    running = find_server(settings, domain, model.digest)
+    running = find_server(settings, domain, model.digest, any_settings=any_settings)
     if running is not None:
         stage.say(f"The server of this model runs already at {running.base_url}.")
         yield running
@@ -205,7 +270,7 @@ def _server(stage: Stage, name: str, model: Manifest, keep: Callable[[], bool] =
     files = server_files(settings, domain, model.digest)
     server = start_server(
         settings,
-        stage.folder(name),
+        folder,
         name=model_name(settings, domain),
         log_file=files.log_file,
         record_file=files.record_file,
@@ -255,8 +320,19 @@ def _track(run: TrackedRun, stage: Stage, report: EvalReport) -> None:
     if report.latency is not None:
         latency = report.latency
         figures |= {"eval.p50_ms": latency.p50_ms, "eval.p95_ms": latency.p95_ms, "eval.p99_ms": latency.p99_ms}
+    for slice_name, rate in report.slices.items():
+        if rate.rate is not None:
+            figures |= {f"eval.slice.{slice_name}": rate.rate, f"eval.slice.{slice_name}.n": rate.total}
+    for point in report.load.points if report.load is not None else ():
+        figures |= {
+            f"eval.load.{point.concurrency}.requests_per_s": point.requests_per_s,
+            f"eval.load.{point.concurrency}.p95_ms": point.p95_ms,
+        }
+    if report.reliability is not None:
+        for metric_name, values in report.reliability.pass_hat_k.items():
+            figures |= {f"eval.pass_hat_{k}.{metric_name}": value for k, value in enumerate(values, 1)}
     run.log(figures)
-    for file in (REPORT_FILE, TEXT_FILE):
+    for file in (REPORT_FILE, TEXT_FILE, PAGE_FILE):
         run.keep_file(stage.folder() / file)
 
 
@@ -282,8 +358,32 @@ def _gates_table(gates: tuple[GateResult, ...], report: EvalReport) -> dg.Markdo
         is_latency = gate.name == LATENCY_GATE
         note = f"the specification's target is {report.latency_target_ms:.0f} ms" if is_latency else ""
         result = "PASS" if gate.passed else "FAIL"
-        rows.append([gate.name, _measured(gate), _target(gate), gate.n, result, gate.reason or note])
+        rows.append([gate.name, _measured(gate), _target(gate), gate.n, result, gate.reason or gate.note or note])
     return table(["gate", "measured", "target", "n", "result", "note"], rows)
+
+
+def _slices_table(report: EvalReport) -> dg.MarkdownMetadataValue | None:
+    if len(report.slices) < 2:
+        return None
+    rows = [
+        (name, f"{rate.correct}/{rate.total}", _percent(rate.rate), _interval(rate))
+        for name, rate in report.slices.items()
+    ]
+    return table(["slice", "correct/n", "rate", "95 % interval"], rows)
+
+
+def _comparison_table(report: EvalReport, other: EvalReport | None) -> dg.MarkdownMetadataValue | None:
+    if other is None:
+        return None
+    rows = [
+        (
+            pair.title, pair.n, f"{pair.rate:.1%}", f"{pair.other_rate:.1%}", f"{pair.difference * 100:+.1f} points",
+            f"{pair.low * 100:+.1f} to {pair.high * 100:+.1f}", pair.only_this, pair.only_other, f"{pair.p_value:.2g}",
+        )
+        for pair in compare(report, other)
+    ]  # fmt: skip
+    header = ["metric", "same cases", "this", "other", "difference", "95 % interval", "won", "lost", "McNemar p"]
+    return table(header, rows)
 
 
 def _failures_table(report: EvalReport) -> dg.MarkdownMetadataValue:
@@ -298,6 +398,8 @@ def _failures_table(report: EvalReport) -> dg.MarkdownMetadataValue:
 def _gate_description(name: str) -> str:
     if name == LATENCY_GATE:
         return "p95 latency of single requests stays under the budget of the profile's hardware."
+    if name == CHAMPION_GATE:
+        return "On the same cases the model is not worse than the one that it would replace, but for the margin."
     return f"{METRIC_TITLES[name]} exceeds its target."  # type: ignore[index]
 
 
@@ -313,16 +415,20 @@ def _gate_metadata(gate: GateResult) -> dict[str, Any]:
 
 
 def _passes(gate: GateResult) -> str:
-    return f"{_measured(gate)} of {gate.n}, {_target(gate)} is wanted."
+    return gate.note or f"{_measured(gate)} of {gate.n}, {_target(gate)} is wanted."
 
 
 def _measured(gate: GateResult) -> str:
     if gate.value is None:
         return "not measured"
+    if gate.name == CHAMPION_GATE:
+        return f"{gate.value * 100:+.1f} points"
     return f"{gate.value:.0f} ms" if gate.name == LATENCY_GATE else f"{gate.value:.1%}"
 
 
 def _target(gate: GateResult) -> str:
+    if gate.name == CHAMPION_GATE:
+        return f">= {gate.target * 100:+.1f} points"
     return f"< {gate.target:.0f} ms" if gate.name == LATENCY_GATE else f"> {gate.target:.1%}"
 
 

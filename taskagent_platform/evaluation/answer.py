@@ -141,8 +141,9 @@ def _failed_calls(text: str, tool_names: Iterable[str]) -> Iterable[Attempt]:
 def _read_call(text: str) -> Attempt:
     call = _object(text) or {}
     name, arguments = call.get("name"), call.get("arguments")
-    readable = isinstance(name, str) and isinstance(arguments, dict)
-    return Attempt(name, json.dumps(arguments), arguments) if readable else Attempt("", text, None)
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return Attempt("", text, None)
+    return Attempt(name, json.dumps(arguments), arguments)
 
 
 def _object(text: str | None) -> Mapping[str, Any] | None:

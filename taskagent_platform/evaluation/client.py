@@ -33,12 +33,16 @@ class Endpoint:
         model: the name that it serves the model under.
         max_tokens: the longest answer asked for.
         api_key: sent as a bearer token; servers without keys ignore it.
+        temperature: 0 as the agent asks; higher only to sample several answers to a case.
+        seed: of the samples; not sent if None.
     """
 
     base_url: str
     model: str
     max_tokens: int
     api_key: str = "none"
+    temperature: float = 0.0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ async def ask(
         PlatformError: the endpoint does not answer or refuses the request.
     """
     body = request_body(endpoint.model, messages, tools, max_tokens=endpoint.max_tokens)
+    if endpoint.temperature:
+        body |= {"temperature": endpoint.temperature, "seed": endpoint.seed}
     try:
         with clear_errors(endpoint):
             completion = await client.chat.completions.create(**body)

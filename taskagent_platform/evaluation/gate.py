@@ -7,13 +7,15 @@ class GateResult(BaseModel):
     """One gate as it was judged.
 
     Attributes:
-        name: a metric's name, or ``latency_p95_ms``.
-        value: what was measured: a rate, or milliseconds; None if it was not measured.
-        target: the rate must be greater, the latency less.
+        name: a metric's name, ``latency_p95_ms`` or ``no_worse_than_champion``.
+        value: what was measured: a rate, milliseconds, or a difference of rates; None if it was not measured.
+        target: the rate must be greater, the latency less, the difference not less.
         n: cases, calls or requests that were counted.
-        interval: the Wilson 95 % interval of a rate; None for milliseconds and for what was not measured.
+        interval: the 95 % interval of a rate (Wilson) or of a difference; None for milliseconds and for what was not
+            measured.
         passed: whether it lets the model through.
         reason: why it does not, and by how much; empty if it does.
+        note: what a reader should know of a gate that passed; mostly empty.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,3 +27,4 @@ class GateResult(BaseModel):
     interval: tuple[float, float] | None
     passed: bool
     reason: str
+    note: str = ""

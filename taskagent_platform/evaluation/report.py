@@ -8,37 +8,29 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.domains.base import Message
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.comparison import champion_gate, compare, comparison_lines
 from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.evaluation.latency import Latency
+from taskagent_platform.evaluation.load_curve import LoadCurve
+from taskagent_platform.evaluation.metric import METRIC_OF_LIST, METRIC_TITLES, MetricName
+from taskagent_platform.evaluation.page import PAGE_FILE, render_page
 from taskagent_platform.evaluation.scoring import Verdict
 from taskagent_platform.evaluation.statistics import wilson_interval
 from taskagent_platform.evaluation.suite import ListName
 from taskagent_platform.settings import GateSettings
 
-MetricName = Literal["tool_selection", "argument_extraction", "json_validity", "multi_tool", "abstention"]
-METRIC_TITLES: Mapping[MetricName, str] = {
-    "tool_selection": "Tool selection",
-    "argument_extraction": "Argument extraction",
-    "json_validity": "JSON validity",
-    "multi_tool": "Multi-tool completion",
-    "abstention": "Abstention",
-}
-METRIC_OF_LIST: Mapping[ListName, MetricName] = {
-    "tool_selection": "tool_selection",
-    "argument_extraction": "argument_extraction",
-    "multi_tool_chains": "multi_tool",
-    "abstention": "abstention",
-}
 LATENCY_GATE = "latency_p95_ms"
 REPORT_FILE = "report.json"
 TEXT_FILE = "report.txt"
+PLAIN_SLICE = "plain"
+"""What cases that name no slice are counted as."""
 _SAMPLE_OF_FAILURES = 10
 
 
@@ -112,6 +104,23 @@ class CaseRecord(_Model):
     extra_reads: int
     turns: int
     messages: tuple[Message, ...] = ()
+    slice: str = ""
+
+
+class Reliability(_Model):
+    """How often a case is answered right again and again.
+
+    Attributes:
+        temperature: of the samples.
+        samples: answers to each case.
+        cases: cases of each metric that were sampled.
+        pass_hat_k: by metric, for k from 1 to ``samples``: the share of cases of which k samples are all right.
+    """
+
+    temperature: float
+    samples: int
+    cases: dict[MetricName, int]
+    pass_hat_k: dict[MetricName, tuple[float, ...]]
 
 
 class Hardware(_Model):
@@ -140,9 +149,12 @@ class EvalReport(_Model):
         latency: of single requests; None if it was not measured.
         latency_budget_ms: what this hardware's profile allows.
         latency_target_ms: the specification's target.
-        minefields: cases in which something was destroyed that nobody asked to destroy.
+        minefields: cases in which something was destroyed that nobody asked to destroy, or a tool result obeyed.
         complete: the evaluation went to its end.
         settings: sampling, concurrency, serving: what the figures depend on.
+        slices: rates by the cases' slices, over all lists.
+        load: throughput and latency by concurrency; None if it was not measured.
+        reliability: pass^k; None if it was not measured.
     """
 
     domain: str
@@ -167,6 +179,9 @@ class EvalReport(_Model):
     started: datetime
     seconds: float
     complete: bool
+    slices: dict[str, Rate] = {}
+    load: LoadCurve | None = None
+    reliability: Reliability | None = None
 
     @property
     def failures(self) -> tuple[CaseRecord, ...]:
@@ -190,9 +205,23 @@ def metrics_of(cases: Sequence[CaseRecord], gates: GateSettings) -> dict[MetricN
     for name in METRIC_TITLES:
         rate = Rate.of(*counts[name])
         target = getattr(gates, name, None)
-        passed = None if target is None else rate.rate is not None and rate.rate > target
+        judged = judged_value(rate, gates)
+        passed = None if target is None else judged is not None and judged > target
         metrics[name] = Metric(**rate.model_dump(), name=name, target=target, passed=passed)
     return metrics
+
+
+def judged_value(rate: Rate, gates: GateSettings) -> float | None:
+    """Returns what of a rate must exceed its target: the rate, or the lower bound of its interval."""
+    return rate.low if gates.judge_by == "lower_bound" else rate.rate
+
+
+def slices_of(cases: Iterable[CaseRecord]) -> dict[str, Rate]:
+    """Computes the rate of every slice, over all lists."""
+    passed: dict[str, list[bool]] = {}
+    for case in cases:
+        passed.setdefault(case.slice or PLAIN_SLICE, []).append(case.passed)
+    return {name: Rate.of(sum(values), len(values)) for name, values in sorted(passed.items())}
 
 
 def categories_of(cases: Iterable[CaseRecord]) -> dict[str, dict[str, Rate]]:
@@ -213,7 +242,7 @@ def gate_results(report: EvalReport, gates: GateSettings) -> list[GateResult]:
     nothing, is no number or comes from an evaluation that did not end does not pass.
     """
     results = [
-        _rate_gate(metric, metric.target)
+        _rate_gate(metric, metric.target, judged_value(metric, gates))
         for metric in metrics_of(report.cases, gates).values()
         if metric.target is not None
     ]
@@ -224,14 +253,15 @@ def gate_results(report: EvalReport, gates: GateSettings) -> list[GateResult]:
     return results
 
 
-def _rate_gate(metric: Metric, target: float) -> GateResult:
+def _rate_gate(metric: Metric, target: float, judged: float | None) -> GateResult:
     title = METRIC_TITLES[metric.name]
-    if metric.rate is None:
+    if metric.rate is None or judged is None:
         reason = f"{title} was not measured: there was nothing to count."
-    elif metric.rate > target:
+    elif judged > target:
         reason = ""
     else:
-        reason = f"{title} is {_percent(metric)} and must be greater than {target:.1%}{_short_of(metric)}."
+        what = title if judged == metric.rate else f"The lower bound of {title.lower()} ({_percent(metric)})"
+        reason = f"{what} is {judged:.1%} and must be greater than {target:.1%}{_short_of(judged, target)}."
     interval = None if metric.low is None or metric.high is None else (metric.low, metric.high)
     return GateResult(
         name=metric.name, value=metric.rate, target=target, n=metric.total, interval=interval, passed=not reason,
@@ -252,15 +282,21 @@ def _latency_gate(latency: Latency | None, budget: float) -> GateResult:
     )
 
 
-def render_report(report: EvalReport, gates: GateSettings, *, base: EvalReport | None = None) -> str:
+def render_report(
+    report: EvalReport, gates: GateSettings, *, base: EvalReport | None = None, champion: EvalReport | None = None
+) -> str:
     """Renders a report as the text that a console shows.
 
     Args:
         report: the report.
         gates: what to judge it by.
         base: the base model's report, to be shown beside it.
+        champion: the report of the model that this one would replace.
     """
     results = {result.name: result for result in gate_results(report, gates)}
+    if champion is not None:
+        gate = champion_gate(report, champion, gates)
+        results[gate.name] = gate
     lines = [f"EVALUATION REPORT  {report.domain}", f"model {_model_text(report)}", ""]
     header = f"{'metric':<24}{'correct/n':>11}{'rate':>8}  {'95 % interval':<16}{'target':>9}  result"
     lines += [header + ("    base model" if base else ""), "-" * (len(header) + (14 if base else 0))]
@@ -275,7 +311,16 @@ def render_report(report: EvalReport, gates: GateSettings, *, base: EvalReport |
             other = base.metrics[name]
             line += f"    {_percent(other)} of {other.total}"
         lines.append(line.rstrip())
-    lines += ["", *_latency_lines(report, results[LATENCY_GATE]), ""]
+    if gates.judge_by == "lower_bound":
+        lines.append("Judged is the lower bound of each interval, not the rate.")
+    lines += ["", *_latency_lines(report, results[LATENCY_GATE]), *_load_lines(report), ""]
+    if len(report.slices) > 1:
+        lines += [*_slice_lines(report), ""]
+    if report.reliability is not None:
+        lines += [*_reliability_lines(report.reliability), ""]
+    for title, against in (("base model", base), ("champion", champion)):
+        if against is not None:
+            lines += [*comparison_lines(title, compare(report, against)), ""]
     passed = all(result.passed for result in results.values())
     lines.append("OVERALL: " + ("PASS - Ready for deployment" if passed else "FAIL - Needs improvement"))
     lines += [f"  {result.reason}" for result in results.values() if not result.passed]
@@ -283,16 +328,28 @@ def render_report(report: EvalReport, gates: GateSettings, *, base: EvalReport |
         lines.append(f"  Note: at most {report.case_limit} cases of each list were asked, not the whole suite.")
     if report.minefields:
         lines.append(
-            f"  Note: in {report.minefields} cases a tool that destroys was called and nobody had asked for it."
+            f"  Note: in {report.minefields} cases the model destroyed, or tried to, what nobody had asked to destroy, "
+            "or did what a tool result told it to."
         )
     lines += ["", *_failure_lines(report.failures)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def save_report(report: EvalReport, folder: Path, gates: GateSettings, *, base: EvalReport | None = None) -> None:
-    """Writes a report into a folder, as JSON and as text."""
+def save_report(
+    report: EvalReport,
+    folder: Path,
+    gates: GateSettings,
+    *,
+    base: EvalReport | None = None,
+    champion: EvalReport | None = None,
+) -> None:
+    """Writes a report into a folder, as JSON, as text and as a page."""
     (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
-    (folder / TEXT_FILE).write_text(render_report(report, gates, base=base), encoding="utf-8")
+    text = render_report(report, gates, base=base, champion=champion)
+    (folder / TEXT_FILE).write_text(text, encoding="utf-8")
+    judged = [*gate_results(report, gates), *([champion_gate(report, champion, gates)] if champion else [])]
+    page = render_page(report, judged, base=base, champion=champion)
+    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
 
 
 def load_report(folder: Path) -> EvalReport:
@@ -344,11 +401,9 @@ def _percent(rate: Rate) -> str:
     return "-" if rate.rate is None else f"{rate.rate:.1%}"
 
 
-def _short_of(metric: Metric) -> str:
+def _short_of(judged: float, target: float) -> str:
     """Returns by how much a rate misses its target; one that equals it misses it, too."""
-    assert metric.rate is not None
-    assert metric.target is not None
-    gap = (metric.target - metric.rate) * 100
+    gap = (target - judged) * 100
     return f": {gap:.1f} points short" if gap >= 0.05 else ""
 
 
@@ -365,6 +420,33 @@ def _latency_lines(report: EvalReport, result: GateResult) -> list[str]:
         f"  p50 {latency.p50_ms:.0f} ms, p95 {latency.p95_ms:.0f} ms, p99 {latency.p99_ms:.0f} ms{first}",
         f"  {'PASS' if result.passed else 'FAIL'}: p95 against the {budget} ({within} on this hardware)",
     ]
+
+
+def _load_lines(report: EvalReport) -> list[str]:
+    if report.load is None:
+        return []
+    steps = ", ".join(
+        f"{point.concurrency}: {point.requests_per_s:.2f}/s at p95 {point.p95_ms:.0f} ms"
+        for point in report.load.points
+    )
+    end = "" if report.load.saturated_at is None else f"; saturated at {report.load.saturated_at}"
+    return [f"  under load (requests at once: throughput): {steps}{end}"]
+
+
+def _slice_lines(report: EvalReport) -> list[str]:
+    lines = ["slices:"]
+    for name, rate in report.slices.items():
+        interval = "" if rate.low is None else f"{rate.low:.1%} - {rate.high:.1%}"
+        lines.append(f"  {name:<24}{rate.correct}/{rate.total:<6} {_percent(rate):>7}  {interval}")
+    return lines
+
+
+def _reliability_lines(reliability: Reliability) -> list[str]:
+    lines = [f"pass^k of {reliability.samples} samples at temperature {reliability.temperature:g}:"]
+    for name, values in reliability.pass_hat_k.items():
+        figures = ", ".join(f"k={k} {value:.1%}" for k, value in enumerate(values, 1))
+        lines.append(f"  {METRIC_TITLES[name]:<24}{figures} (n = {reliability.cases[name]})")
+    return lines
 
 
 def _failure_lines(failures: Sequence[CaseRecord]) -> list[str]:

@@ -4,9 +4,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
+from taskagent_platform.artifacts import code_version, digest_of
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.evaluation.client import (
     CaseRun,
@@ -18,20 +20,41 @@ from taskagent_platform.evaluation.client import (
     tool_schemas,
 )
 from taskagent_platform.evaluation.latency import Latency, Split, split_cases, time_cases
+from taskagent_platform.evaluation.load_curve import LoadCurve, measure_load
+from taskagent_platform.evaluation.metric import METRIC_OF_LIST, MetricName
 from taskagent_platform.evaluation.report import (
     CaseRecord,
     EvalReport,
     FaultRecord,
+    Reliability,
     categories_of,
     metrics_of,
+    slices_of,
     this_hardware,
 )
-from taskagent_platform.evaluation.scoring import score_case
-from taskagent_platform.evaluation.suite import Suite
+from taskagent_platform.evaluation.scoring import MINEFIELDS, Score, score_case
+from taskagent_platform.evaluation.statistics import pass_hat_k
+from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite
 from taskagent_platform.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
+_SCORER = tuple(f"evaluation/{name}.py" for name in ("answer", "client", "scoring", "suite"))
+
+
+class _Asked(NamedTuple):
+    """What was measured of an endpoint."""
+
+    runs: list[CaseRun]
+    latency: Latency | None
+    load: LoadCurve | None
+    samples: list[list[CaseRun]]
+
+
+def conditions(domain: Domain) -> str:
+    """Returns the digest of what two reports must share to be compared: the prompt, the tools and the scorer."""
+    prompt = domain.system_prompt(datetime.fromisoformat(DEFAULT_NOW))
+    return digest_of([prompt, domain.openai_tools(), code_version(*_SCORER)])
 
 
 def evaluate(
@@ -55,7 +78,7 @@ def evaluate(
         model_name: the name to ask for.
         model_digest: digest of the model folder; None where it is not known.
         suite: the cases; ``settings.evaluation.case_limit`` applies to it.
-        measure_latency: time single requests after the others.
+        measure_latency: time single requests after the others, and then measure the load curve.
         api_key: for servers that want one.
         on_progress: is told of every case.
 
@@ -66,8 +89,8 @@ def evaluate(
     endpoint = Endpoint(base_url, model_name, settings.serving.max_tokens, api_key)
     started = datetime.now(UTC)
     begin = time.monotonic()
-    runs, latency = asyncio.run(_ask_all(settings, domain, endpoint, suite, measure_latency, on_progress))
-    by_id = {run.case.id: run for run in runs}
+    asked = asyncio.run(_ask_all(settings, domain, endpoint, suite, measure_latency, on_progress))
+    by_id = {run.case.id: run for run in asked.runs}
     records = tuple(_record(domain, by_id[case.id]) for case in suite.cases)
     verdicts: dict[str, Counter[str]] = {}
     for record in records:
@@ -84,17 +107,20 @@ def evaluate(
         categories=categories_of(records),
         verdicts={name: dict(counts) for name, counts in verdicts.items()},
         fault_types=dict(Counter(fault.type for record in records for fault in record.faults)),
-        minefields=sum(any(f.type == "unrequested_destruction" for f in record.faults) for record in records),
+        minefields=sum(any(fault.type in MINEFIELDS for fault in record.faults) for record in records),
         extra_reads=sum(record.extra_reads for record in records),
-        latency=latency,
+        latency=asked.latency,
         latency_budget_ms=settings.gates.latency_p95_ms,
         latency_target_ms=settings.gates.latency_target_ms,
         cases=records,
-        settings=_settings_of(settings),
+        settings=_settings_of(settings, domain),
         hardware=this_hardware(),
         started=started,
         seconds=round(time.monotonic() - begin, 1),
         complete=True,
+        slices=slices_of(records),
+        load=asked.load,
+        reliability=_reliability(settings, domain, asked.samples),
     )
 
 
@@ -105,7 +131,7 @@ async def _ask_all(
     suite: Suite,
     measure_latency: bool,
     on_progress: Progress | None,
-) -> tuple[list[CaseRun], Latency | None]:
+) -> _Asked:
     chosen = settings.evaluation
     split = split_cases(suite, chosen.latency_requests) if measure_latency else Split((), (), suite.cases)
     tell = on_progress or (lambda _what, _done, _total: None)
@@ -126,18 +152,63 @@ async def _ask_all(
         latency, timed = await time_cases(
             client, endpoint, domain, split, on_progress=lambda done, total: tell("timed requests", done, total)
         )
-    return runs + timed, latency
+        load = None
+        if measure_latency:
+            single = [case for case in suite.cases if case.list_name in ("tool_selection", "argument_extraction")]
+            load = await measure_load(client, endpoint, domain, single, chosen, on_progress=tell)
+        samples = []
+        sampled = suite.limited(chosen.sample_cases).cases if suite.case_limit is None else suite.cases
+        for number in range(chosen.samples if chosen.samples > 1 else 0):
+            warm = replace(endpoint, temperature=chosen.sample_temperature, seed=settings.seed + number)
+            samples.append(
+                await run_cases(
+                    client,
+                    warm,
+                    domain,
+                    sampled,
+                    concurrency=chosen.concurrency,
+                    max_turns=chosen.max_turns,
+                    on_progress=lambda done, total, number=number: tell(f"sample {number + 1}", done, total),  # type: ignore[misc]
+                )
+            )
+    return _Asked(runs + timed, latency, load, samples)
+
+
+def _reliability(settings: Settings, domain: Domain, samples: list[list[CaseRun]]) -> Reliability | None:
+    if not samples:
+        return None
+    right: dict[MetricName, Counter[str]] = {}
+    for runs in samples:
+        for run in runs:
+            counts = right.setdefault(METRIC_OF_LIST[run.case.list_name], Counter())
+            counts[run.case.id] += _score(domain, run).passed
+    return Reliability(
+        temperature=settings.evaluation.sample_temperature,
+        samples=len(samples),
+        cases={name: len(counts) for name, counts in right.items()},
+        pass_hat_k={
+            name: tuple(
+                sum(pass_hat_k(count, len(samples), k) for count in counts.values()) / len(counts)
+                for k in range(1, len(samples) + 1)
+            )
+            for name, counts in right.items()
+        },
+    )
+
+
+def _score(domain: Domain, run: CaseRun) -> Score:
+    return score_case(
+        run.case,
+        run.conversation,
+        tool_schemas(domain),
+        destructive=destructive_tools(domain),
+        replay=replay_on(domain, run.case),
+    )
 
 
 def _record(domain: Domain, run: CaseRun) -> CaseRecord:
     case, conversation = run.case, run.conversation
-    score = score_case(
-        case,
-        conversation,
-        tool_schemas(domain),
-        destructive=destructive_tools(domain),
-        replay=replay_on(domain, case),
-    )
+    score = _score(domain, run)
     return CaseRecord(
         id=case.id,
         list_name=case.list_name,
@@ -158,13 +229,15 @@ def _record(domain: Domain, run: CaseRun) -> CaseRecord:
         extra_reads=score.extra_reads,
         turns=len(conversation.answers),
         messages=() if score.passed else run.messages,
+        slice=case.slice,
     )
 
 
-def _settings_of(settings: Settings) -> dict[str, Any]:
+def _settings_of(settings: Settings, domain: Domain) -> dict[str, Any]:
     serving = settings.serving
     return {
         "profile": settings.profile,
+        "conditions": conditions(domain),
         "max_tokens": serving.max_tokens,
         "temperature": 0.0,
         "dtype": serving.dtype,

@@ -1,13 +1,14 @@
-"""The two statistics that a report rests on: an interval for a rate, and a paired test of two models."""
+"""The statistics that a report rests on: intervals, paired and unpaired tests, and the reliability of samples."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _Z_95 = 1.959963984540054
 
 
 class Interval(NamedTuple):
-    """A confidence interval of a rate."""
+    """A confidence interval of a rate, or of a difference of two rates."""
 
     low: float
     high: float
@@ -45,3 +46,71 @@ def mcnemar_exact(only_first_right: int, only_second_right: int) -> float:
     fewer = min(only_first_right, only_second_right)
     tail = sum(math.comb(discordant, k) for k in range(fewer + 1)) / float(2**discordant)
     return min(1.0, 2 * tail)
+
+
+def paired_difference_interval(only_first: int, only_second: int, total: int, z: float = _Z_95) -> Interval:
+    """Returns an interval, 95 % by default, of the first model's rate less the second's on the same cases.
+
+    Source: A. Agresti and Y. Min, "Simple improved confidence intervals for comparing matched proportions",
+    Statistics in Medicine 24 (2005): Wald's interval after half a case was added to each of the four counts.
+
+    Args:
+        only_first: cases that only the first model got right.
+        only_second: cases that only the second model got right.
+        total: all cases.
+        z: the normal quantile.
+
+    Raises:
+        ValueError: the counts are impossible, or nothing was counted.
+    """
+    if total < 1 or min(only_first, only_second) < 0 or only_first + only_second > total:
+        raise ValueError(f"{only_first} and {only_second} cannot be parts of {total} cases")
+    count = total + 2
+    difference = (only_first - only_second) / count
+    variance = (only_first + only_second + 1 - (only_first - only_second) ** 2 / count) / count**2
+    half = z * math.sqrt(variance)
+    return Interval(max(-1.0, difference - half), min(1.0, difference + half))
+
+
+def fisher_exact_greater(marked_in: int, size_in: int, marked_out: int, size_out: int) -> float:
+    """Returns the p-value of Fisher's exact test that the share marked inside a group is not greater than outside.
+
+    Source: R. A. Fisher, "The Design of Experiments" (1935).
+
+    Raises:
+        ValueError: the counts are impossible.
+    """
+    if not (0 <= marked_in <= size_in and 0 <= marked_out <= size_out):
+        raise ValueError(f"{marked_in} of {size_in} and {marked_out} of {size_out} are no shares")
+    marked, everyone = marked_in + marked_out, size_in + size_out
+    ways = sum(
+        math.comb(size_in, k) * math.comb(size_out, marked - k) for k in range(marked_in, min(size_in, marked) + 1)
+    )
+    return ways / math.comb(everyone, marked)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Returns the p-values adjusted for being many, in the order given.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+    (1979).
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def pass_hat_k(correct: int, samples: int, k: int) -> float:
+    """Returns pass^k of one case: how likely ``k`` of its samples, drawn without putting back, are all right.
+
+    Source: S. Yao et al., "tau-bench: A benchmark for tool-agent-user interaction in real-world domains" (2024).
+
+    Raises:
+        ValueError: the counts are impossible.
+    """
+    if not (0 <= correct <= samples and 1 <= k <= samples):
+        raise ValueError(f"no {k} can be drawn from {samples} samples of which {correct} are right")
+    return math.comb(correct, k) / math.comb(samples, k)

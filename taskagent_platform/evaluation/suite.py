@@ -259,7 +259,7 @@ class _CaseReader:
             now=self.now(),
             fixture=self.fixture(),
             messages=self.messages(),
-            slice=self.text("slice", ""),
+            slice=self.slice(),
         )
 
     def text(self, field: str, default: str | None = None) -> str:
@@ -270,6 +270,12 @@ class _CaseReader:
         value = self.entry[field]
         if not isinstance(value, str) or not value.strip():
             self.fail(field, f"{value!r} is no text")
+        return value
+
+    def slice(self) -> str:
+        value = self.text("slice", "")
+        if not re.fullmatch(r"[a-z0-9_]*", value):
+            self.fail("slice", f"{value!r} is no name of small letters, digits and underscores")
         return value
 
     def now(self) -> datetime:

@@ -33,7 +33,7 @@ from taskagent_platform.serving.active import (
     read_active,
     write_active,
 )
-from taskagent_platform.serving.gates import Verdict, judge
+from taskagent_platform.serving.gates import Verdict, champion_report_folder, judge
 from taskagent_platform.serving.gateway_process import GatewayProcess, running_gateway, start_gateway, stop_gateway
 from taskagent_platform.serving.server import (
     Progress,
@@ -189,6 +189,8 @@ def deploy(
                 refusals=verdict.refusals,
             )
             log.check()
+            if verdict.report_digest is not None:
+                _keep_report(settings, domain.name, report_folder, model.digest)
             _promote(settings, deployment, server)
         log.append("deploy", "executed", reason=deployment.override_reason, **who)
         return deployment
@@ -361,10 +363,11 @@ def _promote(settings: Settings, deployment: Deployment, server: Server) -> None
     for other in _servers(settings, deployment.domain):
         if other.detached and other.model_digest not in needed:
             stop_server(other)
-    kept = _kept_folder(settings, deployment.domain)
-    for folder in kept.iterdir():
-        if folder.name not in needed:
-            shutil.rmtree(folder, ignore_errors=True)
+    reports = champion_report_folder(settings, deployment.domain, deployment.model_digest).parent
+    for kept in (_kept_folder(settings, deployment.domain), reports):
+        for folder in kept.iterdir() if kept.is_dir() else ():
+            if folder.name not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_model(settings: Settings, domain: str, merged_folder: Path, model: Manifest) -> Path:
@@ -388,6 +391,21 @@ def _keep_model(settings: Settings, domain: str, merged_folder: Path, model: Man
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return kept
+
+
+def _keep_report(settings: Settings, domain: str, report_folder: Path, digest: str) -> None:
+    """Keeps the report by which a model was let through: the next candidate is compared with it."""
+    kept = champion_report_folder(settings, domain, digest)
+    if report_folder.resolve() == kept.resolve():
+        return
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    scratch = kept.with_name(f".{kept.name}.{uuid4().hex[:8]}.partial")
+    try:
+        copy_model(report_folder, scratch)
+        shutil.rmtree(kept, ignore_errors=True)
+        scratch.rename(kept)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _warm_up(settings: Settings, domain: Domain, server: Server) -> None:

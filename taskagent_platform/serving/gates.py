@@ -7,6 +7,7 @@ from taskagent_platform.artifacts import Manifest, code_version, read_manifest
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.serving.active import Deployment, active_file, read_active
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # the evaluation imports the OpenAI client, which takes a second; the gateway need not wait for it
@@ -43,6 +44,7 @@ def judge(settings: Settings, domain: Domain, model: Manifest, report_folder: Pa
         model: the merged model's manifest.
         report_folder: the ``eval_report`` artifact.
     """
+    from taskagent_platform.evaluation.comparison import champion_gate
     from taskagent_platform.evaluation.report import gate_results, load_report
 
     try:
@@ -50,10 +52,55 @@ def judge(settings: Settings, domain: Domain, model: Manifest, report_folder: Pa
         report = load_report(report_folder)
     except PlatformError as error:
         return Verdict((), (f"There is no evaluation report to go by: {error}",), None)
-    gates = tuple(gate_results(report, settings.gates))
+    champion = champion_of(settings, domain, model.digest)
+    try:
+        against = None if champion is None else read_champion_report(settings, domain, champion)
+        rank = champion_gate(report, against, settings.gates)
+    except PlatformError as error:
+        rank = champion_gate(report, None, settings.gates).model_copy(
+            update={"passed": False, "reason": str(error), "note": ""}
+        )
+    gates = (*gate_results(report, settings.gates), rank)
     refusals = _mismatches(settings, domain, model, manifest, report)
     refusals += [gate.reason for gate in gates if not gate.passed]
     return Verdict(gates, tuple(dict.fromkeys(refusals)), manifest.digest)
+
+
+def champion_of(settings: Settings, domain: Domain, model_digest: str) -> Deployment | None:
+    """Returns the deployment that a model would replace; None where nothing is deployed, or the model itself is."""
+    present = read_active(active_file(settings)).domains.get(domain.name)
+    return None if present is None or present.active.model_digest == model_digest else present.active
+
+
+def champion_report_folder(settings: Settings, domain: str, model_digest: str) -> Path:
+    """Returns where the report of a deployed model is kept; the next evaluation replaces the one it was judged by."""
+    return settings.folder(domain) / "deployment_reports" / model_digest
+
+
+def read_champion_report(settings: Settings, domain: Domain, champion: Deployment) -> "EvalReport":
+    """Reads the report that a candidate is compared with.
+
+    Raises:
+        PlatformError: it is missing or damaged, or says nothing of the champion on the present suites with the present
+            prompt, tools and scorer.
+    """
+    from taskagent_platform.evaluation.report import load_report
+    from taskagent_platform.evaluation.run import conditions
+    from taskagent_platform.evaluation.suite import load_suite
+
+    remedy = "materialize eval_report to measure the champion again."
+    folder = champion_report_folder(settings, domain.name, champion.model_digest)
+    try:
+        read_manifest(folder, kind=REPORT_KIND, verify=True)
+        report = load_report(folder)
+    except PlatformError as error:
+        raise PlatformError(f"The champion's report cannot be used: {error} To go on, {remedy}") from error
+    suite = load_suite(domain.suites, domain).limited(settings.evaluation.case_limit)
+    if report.model_digest != champion.model_digest:
+        raise PlatformError(f"The champion's report is of another model; {remedy}")
+    if report.suite_digest != suite.digest or report.settings.get("conditions") != conditions(domain):
+        raise PlatformError(f"The champion was measured on other suites, or with another prompt or scorer; {remedy}")
+    return report
 
 
 def _mismatches(

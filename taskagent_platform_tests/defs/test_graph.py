@@ -40,6 +40,7 @@ CHECKS = {
         "json_validity": True,
         "multi_tool": True,
         "latency_p95_ms": True,
+        "no_worse_than_champion": True,
     },
     "agent_smoke": {"calls_the_right_tools": True},
 }

@@ -126,7 +126,14 @@ def test_types(value: Any, schema: dict[str, Any], right: bool) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ['{"level": NaN}', '{"level": -Infinity}', '{"room": "\\ud83d"}', '{"\\udc00": 1}', '{"a": ' + "[" * 100_000, "9" * 5000],
+    [
+        '{"level": NaN}',
+        '{"level": -Infinity}',
+        '{"room": "\\ud83d"}',
+        '{"\\udc00": 1}',
+        '{"a": ' + "[" * 100_000,
+        "9" * 5000,
+    ],
 )
 def test_no_arguments_end_the_evaluation(arguments: str) -> None:
     answer = read_answer({"tool_calls": [{"function": {"name": "add_lamp", "arguments": arguments}}]}, TOOLS)

@@ -14,6 +14,7 @@ from taskagent_platform.evaluation.report import (
     gate_results,
     metrics_of,
     render_report,
+    slices_of,
     this_hardware,
 )
 from taskagent_platform.evaluation.suite import Case, Suite
@@ -84,6 +85,24 @@ def test_gates_are_judged_from_the_cases_not_from_what_the_report_says() -> None
     assert set(failing(forged)) == {"multi_tool"}
 
 
+def test_the_lower_bound_can_be_judged_instead_of_the_rate() -> None:
+    report = report_of({**ALL, "tool_selection": (97, 100)})
+    assert failing(report) == {}
+    strict = GateSettings(judge_by="lower_bound", json_validity=0.9)
+    said = failing(report, strict)
+    assert set(said) == {"tool_selection"}
+    assert "The lower bound of tool selection (97.0%) is 91.5% and must be greater than 95.0%" in said["tool_selection"]
+    assert metrics_of(report.cases, strict)["tool_selection"].passed is False
+    assert "Judged is the lower bound" in render_report(report, strict)
+
+
+def test_slices_have_their_own_rates() -> None:
+    cases = [record("tool_selection", n, n != 1).model_copy(update={"slice": "typos" * (n < 2)}) for n in range(5)]
+    slices = slices_of(cases)
+    assert {name: (rate.correct, rate.total) for name, rate in slices.items()} == {"plain": (3, 3), "typos": (1, 2)}
+    assert "typos" in render_report(report_of(ALL, slices=slices), GATES)
+
+
 def test_a_changed_gate_counts_at_once() -> None:
     assert set(failing(report_of(ALL), GateSettings(latency_p95_ms=50))) == {"latency_p95_ms"}
 
@@ -103,7 +122,7 @@ def test_the_table() -> None:
 
 
 def test_minefields_are_told() -> None:
-    assert "in 2 cases a tool that destroys was called" in render_report(report_of(ALL, minefields=2), GATES)
+    assert "in 2 cases the model destroyed" in render_report(report_of(ALL, minefields=2), GATES)
 
 
 def test_rate_of_nothing() -> None:

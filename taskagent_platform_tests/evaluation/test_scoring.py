@@ -249,7 +249,9 @@ class TestSingleCalls:
         assert (score.passed, score.hit_minefield) == (False, True)
 
     def test_an_unreadable_answer_that_would_destroy_is_a_minefield(self) -> None:
-        answer = say('<tool_call>{"name": "remove_lamp", "arguments": {"lamp_id": "lamp_1"}}</tool_call><tool_call>oops')
+        answer = say(
+            '<tool_call>{"name": "remove_lamp", "arguments": {"lamp_id": "lamp_1"}}</tool_call><tool_call>oops'
+        )
         score = single(ExpectedCall("list_lights"), answer)
         assert (score.verdict, score.hit_minefield) == ("malformed", True)
 
@@ -328,9 +330,7 @@ TIMED_LAMP = (
 )
 
 
-def converse(
-    case: Case, *turns: list[Attempt] | str | Answer, domain: Domain = LIGHTS, **ending: Any
-) -> Conversation:
+def converse(case: Case, *turns: list[Attempt] | str | Answer, domain: Domain = LIGHTS, **ending: Any) -> Conversation:
     """Executes turns on a real backend, as the client does."""
     backend = case_backend(domain, case)
     answers, executed, states = [], [], []

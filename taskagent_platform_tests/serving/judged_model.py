@@ -17,6 +17,7 @@ from taskagent_platform.evaluation.report import (
     metrics_of,
     save_report,
 )
+from taskagent_platform.evaluation.run import conditions
 from taskagent_platform.evaluation.suite import Case, load_suite
 from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import Settings
@@ -112,8 +113,8 @@ def make_report(
         "latency_target_ms": settings.gates.latency_target_ms,
         "cases": tuple(cases),
         "settings": {
-            "profile": settings.profile, "max_tokens": serving.max_tokens, "dtype": serving.dtype,
-            "speculation": serving.speculation, "enforce_eager": serving.enforce_eager,
+            "profile": settings.profile, "conditions": conditions(domain), "max_tokens": serving.max_tokens,
+            "dtype": serving.dtype, "speculation": serving.speculation, "enforce_eager": serving.enforce_eager,
         },
         "hardware": Hardware(processor="p", cores=1, memory_gib=1, gpus=(), system="s"),
         "started": datetime.now(UTC),

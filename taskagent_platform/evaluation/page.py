@@ -1,0 +1,218 @@
+"""The evaluation report as one HTML page that needs nothing else: no network, no other file.
+
+Everything that a model, a user or a tool wrote is escaped by the template engine, control and direction-changing
+characters are written out, and the page's own security policy lets nothing be loaded and no script run but its own.
+"""
+
+import base64
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from taskagent_platform.evaluation.comparison import compare
+from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.metric import METRIC_TITLES
+
+if TYPE_CHECKING:  # the report is saved as a page, too
+    from taskagent_platform.evaluation.latency import Latency
+    from taskagent_platform.evaluation.load_curve import LoadCurve
+    from taskagent_platform.evaluation.report import CaseRecord, EvalReport, Rate
+
+PAGE_FILE = "report.html"
+NO_CALL = "no call"
+UNREADABLE = "unreadable"
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+_SCRIPT = Path(__file__).with_name("page.js")
+_BINS = 20
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520.0, 200.0, 56.0, 34.0
+
+
+class Bar(NamedTuple):
+    """One bar of a chart, in the chart's units."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    label: str
+
+
+class Axis(NamedTuple):
+    """A mark on an axis: where it is and what it says."""
+
+    at: float
+    label: str
+
+
+class Chart(NamedTuple):
+    """A drawing: bars, or dots joined by a line."""
+
+    width: float
+    height: float
+    left: float
+    floor: float
+    bars: tuple[Bar, ...]
+    dots: tuple[Bar, ...]
+    x_axis: tuple[Axis, ...]
+    y_axis: tuple[Axis, ...]
+
+    @property
+    def line(self) -> str:
+        """The dots as an SVG polyline's points."""
+        return " ".join(f"{dot.x:.1f},{dot.y:.1f}" for dot in self.dots)
+
+
+def render_page(
+    report: "EvalReport",
+    gates: Sequence[GateResult],
+    *,
+    base: "EvalReport | None" = None,
+    champion: "EvalReport | None" = None,
+) -> str:
+    """Renders a report as a page.
+
+    Args:
+        report: the report.
+        gates: as they were judged.
+        base: the base model's report.
+        champion: the report of the model that this one would replace.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1%}"
+    environment.filters["points"] = lambda value: f"{value * 100:+.1f}"
+    script = _SCRIPT.read_text(encoding="utf-8")
+    others = [(title, other) for title, other in (("base model", base), ("champion", champion)) if other is not None]
+    return environment.get_template(_TEMPLATE.name).render(
+        report=report,
+        gates=gates,
+        gate_titles={gate.name: METRIC_TITLES.get(gate.name, _GATE_TITLES.get(gate.name, gate.name)) for gate in gates},  # type: ignore[call-overload]
+        gate_figures={gate.name: _figures(gate) for gate in gates},
+        passed=all(gate.passed for gate in gates),
+        titles=METRIC_TITLES,
+        comparisons=[(title, other, compare(report, other)) for title, other in others],
+        others=others,
+        slices=_with_others(report.slices, [(title, other.slices) for title, other in others]),
+        confusion=confusion(report.cases),
+        latency_chart=_histogram(report.latency),
+        load_chart=_load_chart(report.load),
+        fault_types=sorted({fault.type for case in report.failures for fault in case.faults}),
+        failed_tools=sorted({tool for case in report.failures for tool in _tools(case)}),
+        failed_slices=sorted({case.slice for case in report.failures if case.slice}),
+        failed_lists=sorted({case.list_name for case in report.failures}),
+        failed_verdicts=sorted({case.verdict for case in report.failures}),
+        tools_of=_tools,
+        # The file is ours and holds nothing of a report.
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+_GATE_TITLES = {"latency_p95_ms": "Latency (p95)", "no_worse_than_champion": "No worse than the champion"}
+
+
+def visible(value: Any) -> Any:
+    """Returns a text with its invisible characters written out: controls, and those that change the direction."""
+    if type(value) is not str:
+        return value
+    return "".join(
+        f"\\u{ord(character):04x}"
+        if character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
+        else character
+        for character in value
+    )
+
+
+def confusion(cases: Iterable["CaseRecord"]) -> dict[str, dict[str, int]]:
+    """Counts which tool was called where which was right, over the cases that ask for one call or none.
+
+    Returns:
+        for each right tool (or :data:`NO_CALL`), how often each tool was called first. An answer that could not be
+        read counts as :data:`UNREADABLE`.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for case in cases:
+        if case.list_name == "multi_tool_chains":
+            continue
+        right = case.expected[0]["tool"] if case.expected else NO_CALL
+        if case.verdict == "malformed":
+            called = UNREADABLE
+        else:
+            called = case.got[0]["tool"] or UNREADABLE if case.got else NO_CALL
+        counts.setdefault(right, Counter())[called] += 1
+    return {right: dict(counts[right]) for right in sorted(counts, key=lambda name: (name == NO_CALL, name))}
+
+
+def _with_others(
+    own: Mapping[str, "Rate"], others: Sequence[tuple[str, Mapping[str, "Rate"]]]
+) -> list[tuple[str, "Rate", list["Rate | None"]]]:
+    return [(name, rate, [rates.get(name) for _, rates in others]) for name, rate in own.items()]
+
+
+def _tools(case: "CaseRecord") -> list[str]:
+    return sorted({call["tool"] for call in (*case.expected, *case.got) if call["tool"]})
+
+
+def _figures(gate: GateResult) -> tuple[str, str]:
+    """Returns what was measured and what is wanted, as texts."""
+    if gate.name == "latency_p95_ms":
+        return ("not measured" if gate.value is None else f"{gate.value:.0f} ms"), f"< {gate.target:.0f} ms"
+    if gate.name == "no_worse_than_champion":
+        measured = "-" if gate.value is None else f"{gate.value * 100:+.1f} points"
+        return measured, f"≥ {gate.target * 100:+.1f} points"
+    return ("not measured" if gate.value is None else f"{gate.value:.1%}"), f"> {gate.target:.1%}"
+
+
+def _histogram(latency: "Latency | None") -> Chart | None:
+    if latency is None or not latency.all_ms:
+        return None
+    low, high = min(latency.all_ms), max(latency.all_ms)
+    count = min(_BINS, len(latency.all_ms))
+    step = (high - low) / count or 1.0
+    bins = Counter(min(count - 1, int((value - low) / step)) for value in latency.all_ms)
+    most = max(bins.values())
+    floor, wide = _HEIGHT - _BOTTOM, (_WIDTH - _LEFT) / count
+    bars = tuple(
+        Bar(
+            _LEFT + place * wide,
+            floor - bins[place] / most * (floor - 10),
+            wide - 1,
+            bins[place] / most * (floor - 10),
+            f"{low + place * step:.0f} to {low + (place + 1) * step:.0f} ms: {bins[place]} requests",
+        )
+        for place in range(count)
+    )
+    x_axis = (Axis(_LEFT, f"{low:.0f} ms"), Axis(_WIDTH - 30, f"{low + count * step:.0f} ms"))
+    return Chart(_WIDTH, _HEIGHT, _LEFT, floor, bars, (), x_axis, (Axis(10, str(most)), Axis(floor, "0")))
+
+
+def _load_chart(load: "LoadCurve | None") -> Chart | None:
+    if load is None or not load.points:
+        return None
+    most = max(point.requests_per_s for point in load.points) or 1.0
+    floor = _HEIGHT - _BOTTOM
+    gap = (_WIDTH - _LEFT - 60) / max(1, len(load.points) - 1)
+    dots = tuple(
+        Bar(
+            _LEFT + 20 + place * gap,
+            floor - point.requests_per_s / most * (floor - 10),
+            0,
+            0,
+            f"{point.concurrency} at once: {point.requests_per_s:.2f} requests/s, p95 {point.p95_ms:.0f} ms",
+        )
+        for place, point in enumerate(load.points)
+    )
+    x_axis = tuple(Axis(dot.x, str(point.concurrency)) for dot, point in zip(dots, load.points, strict=True))
+    return Chart(_WIDTH, _HEIGHT, _LEFT, floor, (), dots, x_axis, (Axis(10, f"{most:.2f}/s"), Axis(floor, "0")))
