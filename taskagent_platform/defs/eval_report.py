@@ -16,12 +16,11 @@ from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import TrackedRun, Tracking
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.evaluation.comparison import CHAMPION_GATE, compare
-from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.comparison import compare
+from taskagent_platform.evaluation.gate import CHAMPION_GATE, LATENCY_GATE, GateResult
 from taskagent_platform.evaluation.metric import METRIC_TITLES, MetricName
 from taskagent_platform.evaluation.page import PAGE_FILE
 from taskagent_platform.evaluation.report import (
-    LATENCY_GATE,
     REPORT_FILE,
     TEXT_FILE,
     EvalReport,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.gate import CHAMPION_GATE, GateResult
 from taskagent_platform.evaluation.metric import METRIC_OF_LIST, METRIC_TITLES
 from taskagent_platform.evaluation.statistics import mcnemar_exact, paired_difference_interval
 from taskagent_platform.settings import GateSettings
@@ -13,7 +13,6 @@ from taskagent_platform.settings import GateSettings
 if TYPE_CHECKING:  # the report shows comparisons
     from taskagent_platform.evaluation.report import CaseRecord, EvalReport
 
-CHAMPION_GATE = "no_worse_than_champion"
 _ROUNDING = 1e-9
 
 

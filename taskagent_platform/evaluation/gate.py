@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+LATENCY_GATE = "latency_p95_ms"
+CHAMPION_GATE = "no_worse_than_champion"
+
 
 class GateResult(BaseModel):
     """One gate as it was judged.

@@ -99,14 +99,22 @@ async def measure_load(
         step_until = min(until, time.monotonic() + settings.load_seconds / _STEPS_IN_TIME)
         step = _Step(client, endpoint, domain, requests, step_until, concurrency, on_progress)
         point = await step.run()
-        best = max((before.requests_per_s for before in points), default=0.0)
         points.append(point)
-        if point.requests_per_s < best * _SATURATED_BELOW:
-            return LoadCurve(points=tuple(points), saturated_at=points[-2].concurrency, ended="saturated")
+        if (saturated := saturation(points)) is not None:
+            return LoadCurve(points=tuple(points), saturated_at=saturated, ended="saturated")
         if time.monotonic() >= until:
             return LoadCurve(points=tuple(points), saturated_at=None, ended="time")
         concurrency *= 2
     return LoadCurve(points=tuple(points), saturated_at=None, ended="highest concurrency")
+
+
+def saturation(points: Sequence[LoadPoint]) -> int | None:
+    """Returns the concurrency before the last one if the last one gained nothing over it; None if it did."""
+    if len(points) < 2:
+        return None
+    *before, last = points
+    best = max(point.requests_per_s for point in before)
+    return before[-1].concurrency if last.requests_per_s < best * _SATURATED_BELOW else None
 
 
 class _Step:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from taskagent_platform.evaluation.comparison import compare
-from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.gate import CHAMPION_GATE, LATENCY_GATE, GateResult
 from taskagent_platform.evaluation.metric import METRIC_TITLES
 
 if TYPE_CHECKING:  # the report is saved as a page, too
@@ -120,7 +120,7 @@ def render_page(
     )
 
 
-_GATE_TITLES = {"latency_p95_ms": "Latency (p95)", "no_worse_than_champion": "No worse than the champion"}
+_GATE_TITLES = {LATENCY_GATE: "Latency (p95)", CHAMPION_GATE: "No worse than the champion"}
 
 
 def visible(value: Any) -> Any:
@@ -167,9 +167,9 @@ def _tools(case: "CaseRecord") -> list[str]:
 
 def _figures(gate: GateResult) -> tuple[str, str]:
     """Returns what was measured and what is wanted, as texts."""
-    if gate.name == "latency_p95_ms":
+    if gate.name == LATENCY_GATE:
         return ("not measured" if gate.value is None else f"{gate.value:.0f} ms"), f"< {gate.target:.0f} ms"
-    if gate.name == "no_worse_than_champion":
+    if gate.name == CHAMPION_GATE:
         measured = "-" if gate.value is None else f"{gate.value * 100:+.1f} points"
         return measured, f"≥ {gate.target * 100:+.1f} points"
     return ("not measured" if gate.value is None else f"{gate.value:.1%}"), f"> {gate.target:.1%}"

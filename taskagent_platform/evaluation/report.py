@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from taskagent_platform.domains.base import Message
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.comparison import champion_gate, compare, comparison_lines
-from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.gate import LATENCY_GATE, GateResult
 from taskagent_platform.evaluation.latency import Latency
 from taskagent_platform.evaluation.load_curve import LoadCurve
 from taskagent_platform.evaluation.metric import METRIC_OF_LIST, METRIC_TITLES, MetricName
@@ -26,7 +26,6 @@ from taskagent_platform.evaluation.statistics import wilson_interval
 from taskagent_platform.evaluation.suite import ListName
 from taskagent_platform.settings import GateSettings
 
-LATENCY_GATE = "latency_p95_ms"
 REPORT_FILE = "report.json"
 TEXT_FILE = "report.txt"
 PLAIN_SLICE = "plain"

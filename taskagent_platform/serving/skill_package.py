@@ -19,7 +19,7 @@ from taskagent_platform.artifacts import (
 )
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.evaluation.gate import GateResult
+from taskagent_platform.evaluation.gate import LATENCY_GATE, GateResult
 from taskagent_platform.serving.active import active_file, model_name, read_active
 from taskagent_platform.serving.deployments import MODEL_KIND, copy_model
 from taskagent_platform.serving.gates import REPORT_KIND, judge
@@ -114,14 +114,14 @@ def _skill(
 ) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for gate in gates:
-        if gate.interval is not None and gate.value is not None:
+        if gate.name in report.metrics and gate.interval is not None and gate.value is not None:
             low, high = gate.interval
             metrics[gate.name] = {
                 "value": round(gate.value, 4), "n": gate.n, "interval_95": [round(low, 4), round(high, 4)],
                 "target": f"> {gate.target:g}", "passed": gate.passed,
             }  # fmt: skip
     if report.latency is not None:
-        latency = next(gate for gate in gates if gate.name not in report.metrics)
+        latency = next(gate for gate in gates if gate.name == LATENCY_GATE)
         metrics["latency_ms"] = {
             "p50": round(report.latency.p50_ms), "p95": round(report.latency.p95_ms), "n": report.latency.requests,
             "budget_p95": round(latency.target), "specification_p95": round(settings.gates.latency_target_ms),

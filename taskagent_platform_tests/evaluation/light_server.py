@@ -23,7 +23,10 @@ class LightServer:
     """
 
     def __init__(
-        self, turns: Mapping[str, Sequence[Turn]], delay_s: float = 0.0, failures: Sequence[tuple[int, str]] = ()
+        self,
+        turns: Mapping[str, Sequence[Turn]],
+        delay_s: float = 0.0,
+        failures: Sequence[tuple[int, str]] = (),
     ) -> None:
         self.turns = turns
         self.delay_s = delay_s

@@ -1,5 +1,7 @@
 """Two models on the same cases, and the gate that rests on it."""
 
+from typing import Any
+
 import pytest
 
 from taskagent_platform.evaluation.comparison import champion_gate, compare
@@ -8,7 +10,7 @@ from taskagent_platform.settings import GateSettings
 from taskagent_platform_tests.evaluation.test_report import ALL, GATES, record, report_of
 
 
-def of(passed: dict[str, list[bool]], **changes: object) -> EvalReport:
+def of(passed: dict[str, list[bool]], **changes: Any) -> EvalReport:
     cases = tuple(record(name, n, right) for name, values in passed.items() for n, right in enumerate(values))
     return report_of({}, cases=cases, **changes)
 

@@ -8,8 +8,9 @@ import pytest
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.client import request_body
+from taskagent_platform.evaluation.load_curve import LoadPoint, saturation
 from taskagent_platform.evaluation.report import EvalReport, gate_results, load_report, render_report, save_report
-from taskagent_platform.evaluation.run import evaluate
+from taskagent_platform.evaluation.run import conditions, evaluate
 from taskagent_platform.evaluation.suite import Suite, load_suite
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.evaluation.light_server import LightServer
@@ -174,6 +175,84 @@ def test_an_earlier_conversation_is_sent_and_has_happened(settings: Settings, tm
     assert {result.name: result.passed for result in gate_results(report, settings.gates)}["tool_selection"] is False
 
 
+def with_evaluation(settings: Settings, **changes: Any) -> Settings:
+    return settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update=changes)})
+
+
+def test_the_load_curve_is_measured_after_all_else_with_ever_more_at_once(settings: Settings, suite: Suite) -> None:
+    server = LightServer(RIGHT, delay_s=0.05)
+    told: list[tuple[str, int, int]] = []
+    chosen = with_evaluation(settings, load_concurrency=4, load_requests=8)
+    report = measure(chosen, suite, server, on_progress=lambda *what: told.append(what))
+    assert report.load is not None
+    steps = [(point.concurrency, point.requests) for point in report.load.points]
+    assert steps == [(1, 8), (2, 8), (4, 8)][: len(steps)]
+    assert told[-1] == (f"load, {steps[-1][0]} at once", 8, 8)
+    asked = [body["messages"][-1]["content"] for body in server.bodies[-8 * len(steps) :]]
+    assert len(set(asked)) == len(asked), "no answer comes from a cache of whole requests"
+    assert all(point.requests_per_s > 0 and point.p50_ms <= point.p95_ms for point in report.load.points)
+    assert f"{steps[-1][0]}: " in render_report(report, chosen.gates)
+
+
+@pytest.mark.parametrize(
+    ("rates", "saturated"), [([1], None), ([1, 1.9], None), ([1, 1.05], 1), ([1, 2, 3, 3.1], 4), ([1, 2, 0.5], 2)]
+)
+def test_saturation(rates: list[float], saturated: int | None) -> None:
+    points = [
+        LoadPoint(concurrency=2**number, requests=9, requests_per_s=rate, p50_ms=1, p95_ms=1)
+        for number, rate in enumerate(rates)
+    ]
+    assert saturation(points) == saturated
+
+
+def test_the_load_curve_is_bounded_in_concurrency_and_in_time(settings: Settings, suite: Suite) -> None:
+    one = measure(with_evaluation(settings, load_concurrency=1, load_requests=4), suite, LightServer(RIGHT)).load
+    assert one is not None
+    assert (one.ended, one.saturated_at, len(one.points)) == ("highest concurrency", None, 1)
+    hurried = with_evaluation(settings, load_concurrency=64, load_requests=1000, load_seconds=0.05)
+    load = measure(hurried, suite, LightServer(RIGHT, delay_s=0.1)).load
+    assert load is not None
+    assert load.ended == "time"
+    assert [point.requests for point in load.points] == [1]
+
+
+def test_load_is_not_measured_where_latency_is_not_or_the_settings_leave_it_out(
+    settings: Settings, suite: Suite
+) -> None:
+    assert settings.evaluation.load_concurrency == 0
+    assert measure(settings, suite, LightServer(RIGHT)).load is None
+    chosen = with_evaluation(settings, load_concurrency=4)
+    assert measure(chosen, suite, LightServer(RIGHT), measure_latency=False).load is None
+
+
+def test_pass_hat_k_is_measured_at_a_temperature_if_it_is_asked_for(settings: Settings, suite: Suite) -> None:
+    assert measure(settings, suite, LightServer(RIGHT)).reliability is None
+    server = LightServer(RIGHT)
+    report = measure(with_evaluation(settings, samples=3, sample_cases=2), suite, server)
+    warm = [body for body in server.bodies if body["temperature"] > 0]
+    assert {body["temperature"] for body in warm} == {settings.evaluation.sample_temperature}
+    assert {body["seed"] for body in warm} == {settings.seed, settings.seed + 1, settings.seed + 2}
+    assert all("seed" not in body for body in server.bodies if not body["temperature"])
+    assert report.reliability is not None
+    assert report.reliability.cases == {
+        "tool_selection": 2, "argument_extraction": 2, "multi_tool": 1, "abstention": 2,
+    }  # fmt: skip
+    assert report.reliability.pass_hat_k["multi_tool"] == (1.0, 1.0, 1.0)
+    assert "pass^k of 3 samples at temperature 0.7" in render_report(report, settings.gates)
+
+
+def test_slices_and_what_may_be_compared_are_in_the_report(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    cases = [{"input": f"show {n}", "expected_tool": "list_lights", "slice": "terse"} for n in range(3)]
+    path.write_text(json.dumps({"tool_selection": [*cases, {"input": "hmm", "expected_tool": "list_lights"}]}))
+    report = measure(settings, load_suite([path], LIGHTS), LightServer(RIGHT))
+    assert {name: (rate.correct, rate.total) for name, rate in report.slices.items()} == {
+        "plain": (0, 1), "terse": (3, 3),
+    }  # fmt: skip
+    assert {case.slice for case in report.cases} == {"terse", ""}
+    assert report.settings["conditions"] == conditions(LIGHTS)
+
+
 def test_the_case_limit_is_used_and_said(settings: Settings, suite: Suite) -> None:
     limited = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"case_limit": 2})})
     report = measure(limited, suite, LightServer(RIGHT))
@@ -206,6 +285,7 @@ def test_a_report_is_written_and_read_again(settings: Settings, suite: Suite, tm
     save_report(report, tmp_path, settings.gates)
     assert load_report(tmp_path) == report
     assert (tmp_path / "report.txt").read_text() == render_report(report, settings.gates)
+    assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(PlatformError, match="is damaged"):
         load_report(tmp_path)

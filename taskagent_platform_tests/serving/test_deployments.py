@@ -148,7 +148,7 @@ def test_a_candidate_that_passes_is_promoted_as_it_runs(stage: Stage) -> None:
     promoted = stage.record(model.digest)
     assert (promoted.pid, promoted.detached) == (candidate.pid, True)
     assert (deployment.deployed_by, deployment.override_reason, deployment.refusals) == ("ann", None, ())
-    assert [gate.passed for gate in deployment.gates] == [True] * 5
+    assert [gate.passed for gate in deployment.gates] == [True] * 6
     assert stage.gateway_runs
     assert stage.audit() == [("deploy", "executed")]
 
@@ -219,6 +219,43 @@ def test_a_refusal_leaves_the_champion_where_it_is(stage: Stage) -> None:
     assert status(stage.settings).domains[0].active_is_healthy
 
 
+def test_a_model_that_passes_every_gate_but_is_worse_than_the_champion_is_refused(stage: Stage) -> None:
+    champion = stage.train("one")
+    stage.deploy()
+    stage.train("two", failing={"abstention": 5})
+    with pytest.raises(DeploymentRefusedError, match=r"-6\.2 points and must not be less than -2\.0: 0 cases only"):
+        stage.deploy()
+    assert stage.answering() == champion.digest
+    second = stage.train("three", failing={"abstention": 1})
+    gate = stage.deploy().gates[-1]
+    assert (gate.name, gate.n, gate.value) == ("no_worse_than_champion", 80, -1 / 80)
+    stage.train("four", failing={"abstention": 3})
+    with pytest.raises(DeploymentRefusedError, match=r"-2\.5 points"):
+        stage.deploy()
+    assert stage.answering() == second.digest
+
+
+def test_a_candidate_is_not_compared_with_a_champion_that_nobody_measured(stage: Stage) -> None:
+    stage.train("one")
+    _without_report(stage)
+    stage.deploy(override_reason="it has to run today")
+    second = stage.train("two")
+    with pytest.raises(DeploymentRefusedError, match="champion's report cannot be used"):
+        stage.deploy()
+    assert stage.deploy(override_reason="compared by hand").model_digest == second.digest
+
+
+def test_a_rollback_is_followed_by_a_comparison_with_the_model_rolled_back_to(stage: Stage) -> None:
+    stage.train("one")
+    stage.deploy()
+    stage.train("two", failing={"abstention": 1})
+    stage.deploy()
+    stage.rollback()
+    stage.train("three", failing={"abstention": 2})
+    with pytest.raises(DeploymentRefusedError, match=r"-2\.5 points"):
+        stage.deploy()
+
+
 def test_an_override_needs_a_reason_and_leaves_it_in_the_log_and_on_the_deployment(stage: Stage) -> None:
     model = stage.train("bad", failing={"tool_selection": 20})
     for reason in ("", "  \n"):
@@ -272,8 +309,9 @@ def test_older_champions_are_stopped_and_their_copies_removed(stage: Stage) -> N
         stage.deploy()
     files = [server_files(stage.settings, NAME, digest).record_file for digest in digests]
     assert [file.exists() for file in files] == [False, True, True]
-    kept = stage.settings.folder(NAME) / "deployments"
-    assert sorted(folder.name for folder in kept.iterdir()) == sorted(digests[1:])
+    for name in ("deployments", "deployment_reports"):
+        kept = stage.settings.folder(NAME) / name
+        assert sorted(folder.name for folder in kept.iterdir()) == sorted(digests[1:])
 
 
 def test_a_rollback_outlives_the_server_and_the_original_of_its_model(stage: Stage) -> None:
