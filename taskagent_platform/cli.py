@@ -23,8 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 domain_app = typer.Typer(help="What models are taught.", no_args_is_help=True)
+suite_app = typer.Typer(help="What models are judged by.", no_args_is_help=True)
 audit_app = typer.Typer(help="The record of every tool call, deployment and override.", no_args_is_help=True)
 app.add_typer(domain_app, name="domain")
+app.add_typer(suite_app, name="suite")
 app.add_typer(audit_app, name="audit")
 
 DomainOption = Annotated[str | None, typer.Option("--domain", help="The domain; the settings' own if not given.")]
@@ -84,23 +86,27 @@ def evaluate(
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More suite files.")] = None,
     domain: DomainOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here, as JSON.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write the report here, as one HTML page.")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Measure the load curve, too: many requests at once.")] = False,
     gate: Annotated[bool, typer.Option("--gate", help="Exit with status 1 unless every gate passes.")] = False,
     api_key: Annotated[str, typer.Option(envvar="TASKAGENT_API_KEY", help="For servers that want one.")] = "none",
 ) -> None:
     """Measure any OpenAI-compatible server on suite files, with a domain's prompt and tools."""
     from rich.console import Console
 
+    from taskagent_platform.evaluation.page import render_page
     from taskagent_platform.evaluation.report import gate_results, render_report
     from taskagent_platform.evaluation.run import evaluate as measure
     from taskagent_platform.evaluation.suite import load_suite
     from taskagent_platform.settings import load_settings
 
     # A profile may ask only a part of the suites in its runs; here all of what was named is asked.
-    settings = load_settings(evaluation={"case_limit": None})
+    settings = load_settings(evaluation={"case_limit": None, **({} if load else {"load_concurrency": 0})})
     of_domain = _domain(settings, domain)
     cases = load_suite([*suite, *(more or [])], of_domain)
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise PlatformError(f"{json_file} cannot be written: there is no folder {json_file.resolve().parent}.")
+    for file in (json_file, html_file):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise PlatformError(f"{file} cannot be written: there is no folder {file.resolve().parent}.")
     console = Console(stderr=True)
     with console.status("asking") as status:
         report = measure(
@@ -115,8 +121,31 @@ def evaluate(
         )
     if json_file is not None:
         json_file.write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    if html_file is not None:
+        html_file.write_text(render_page(report, gate_results(report, settings.gates)), encoding="utf-8")
     typer.echo(render_report(report, settings.gates), nl=False)
     if gate and not all(result.passed for result in gate_results(report, settings.gates)):
+        raise typer.Exit(1)
+
+
+@suite_app.command("lint")
+def lint_suite_files(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Suite files, looked at together.")],
+    domain: DomainOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 1 for notes, too.")] = False,
+) -> None:
+    """Find wrong gold answers and near-duplicates; exit status 1 if a case cannot stand as it is."""
+    from taskagent_platform.evaluation.lint import lint_suite
+    from taskagent_platform.evaluation.suite import load_suite
+
+    of_domain = _domain(_settings(), domain)
+    suite = load_suite(files, of_domain)
+    findings = lint_suite(suite, of_domain)
+    for finding in findings:
+        typer.echo(f"{'ERROR' if finding.is_error else 'note '} {finding.case}: {finding.kind}: {finding.sentence}")
+    errors = sum(finding.is_error for finding in findings)
+    typer.echo(f"{len(suite.cases)} cases, {errors} errors, {len(findings) - errors} notes.")
+    if errors or (strict and findings):
         raise typer.Exit(1)
 
 
@@ -169,7 +198,8 @@ def status() -> None:
                 typer.echo(f"  deployed past its gates: {active.override_reason}")
             for gate in active.gates:
                 verdict = "PASS" if gate.passed else "FAIL"
-                typer.echo(f"  {verdict} {gate.name}: {_number(gate.value)} (target {gate.target:g})")
+                measured = gate.note if gate.value is None and gate.note else _number(gate.value)
+                typer.echo(f"  {verdict} {gate.name}: {measured} (target {gate.target:g})")
             healthy = healthy and of_domain.active_is_healthy
             if deployments.previous is not None:
                 ready = "ready" if of_domain.previous_is_ready else "stopped, started by a rollback"
