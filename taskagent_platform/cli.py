@@ -60,6 +60,27 @@ def demo() -> None:
 
 
 @app.command()
+def improve(
+    rounds: Annotated[int, typer.Option(help="How often to retrain at most.", min=1)] = 3,
+) -> None:
+    """Diagnose, add examples, retrain and compare until the gates pass or nothing improves; keep the best."""
+    from rich.console import Console
+
+    from taskagent_platform.demo import INTERRUPTED
+    from taskagent_platform.improve import run_improvement
+
+    try:
+        outcome = run_improvement(_settings(), Console(), rounds)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    right, cases = outcome.right
+    kept = "the model from before" if outcome.best_round == 0 else f"the model of round {outcome.best_round}"
+    typer.echo(f"{outcome.rounds} rounds; ended because: {outcome.ending}. Kept is {kept}: {right} of {cases} right.")
+    if outcome.ending != "the gates pass":
+        raise typer.Exit(1)
+
+
+@app.command()
 def ask(
     text: Annotated[str, typer.Argument(help="The request, in quotes.")],
     yes: Annotated[bool, typer.Option("--yes", help="Approve destructive calls without asking.")] = False,

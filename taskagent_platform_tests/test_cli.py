@@ -18,7 +18,8 @@ from taskagent_platform.settings import load_settings
 # None of them is needed to print help.
 HEAVY = ("torch", "transformers", "vllm", "mlflow", "dagster", "openai", "agents", "numpy", "pydantic_settings")
 COMMANDS = (
-    "demo", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit", "suite",
+    "demo", "improve", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit",
+    "suite",
 )  # fmt: skip
 
 

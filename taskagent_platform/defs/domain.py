@@ -5,6 +5,7 @@ import dagster as dg
 from taskagent_platform.defs.agent_smoke import agent_smoke
 from taskagent_platform.defs.base_model import base_model
 from taskagent_platform.defs.eval_report import base_eval_report, eval_report, gate_checks
+from taskagent_platform.defs.failure_diagnosis import diagnose_job, failure_diagnosis, targeted_examples
 from taskagent_platform.defs.lora_adapter import lora_adapter, lora_adapter_checks
 from taskagent_platform.defs.merged_model import merged_model, merged_model_checks
 from taskagent_platform.defs.retrain import nightly_retrain, retrain_job
@@ -21,7 +22,7 @@ _STAGES = (
 
 
 def stage_names(domain: Domain) -> tuple[str, ...]:
-    """Returns the names of a domain's assets, sources first."""
+    """Returns the names of the assets that the main job makes, sources first."""
     return (*domain.sources, *_STAGES)
 
 
@@ -39,6 +40,8 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             vllm_endpoint(domain),
             agent_smoke(domain),
             skill_package(domain),
+            failure_diagnosis(domain),
+            targeted_examples(domain),
         ],
         asset_checks=[
             training_dataset_checks(domain),
@@ -46,6 +49,6 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             merged_model_checks(domain),
             gate_checks(domain),
         ],
-        jobs=[retrain_job(domain)],
+        jobs=[retrain_job(domain), diagnose_job(domain)],
         schedules=[nightly_retrain(domain)],
     )

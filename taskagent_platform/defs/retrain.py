@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 _DEFAULT_DOMAIN: str = Settings.model_fields["domain"].default
+ON_DEMAND = ("failure_diagnosis", TARGETED)
+"""The assets that the main job leaves out: what they make is for the next run."""
 _NIGHTLY = "30 2 * * *"
 
 
@@ -22,10 +25,14 @@ def job_name(domain: str) -> str:
 
 
 def retrain_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
-    """Builds the job. It holds every asset and every check: a blocking check holds only inside the run it is in."""
+    """Builds the job. It holds every check: a blocking check holds only inside the run it is in.
+
+    It holds every asset but those that look into an evaluation on demand: what they add is for the next run.
+    """
+    on_demand = [dg.AssetKey([domain.name, name]) for name in ON_DEMAND]
     return dg.define_asset_job(
         job_name(domain.name),
-        selection=dg.AssetSelection.groups(domain.name),
+        selection=dg.AssetSelection.groups(domain.name) - dg.AssetSelection.assets(*on_demand),
         description=f"From source data to a served, gated model of {domain.name}, in one run.",
         tags={"domain": domain.name},
     )

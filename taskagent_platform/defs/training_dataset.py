@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import dagster as dg
 
 from taskagent_platform.data.distribution import MIN_EXAMPLES, MIN_FOR_EACH_TOOL, SINGLE_SHARE, Distribution
+from taskagent_platform.data.targeted import KIND as TARGETED
+from taskagent_platform.data.targeted import usable_targeted
 from taskagent_platform.data.training_dataset import KIND, make_training_dataset
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform
@@ -35,6 +37,10 @@ def training_dataset(domain: Domain) -> dg.AssetsDefinition:
     def dataset(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             sources = {name: stage.folder(name) for name in domain.sources}
+            if usable_targeted(stage.folder(TARGETED)):
+                sources[TARGETED] = stage.folder(TARGETED)
+            elif stage.folder(TARGETED).exists():
+                stage.say("The targeted examples were made by other code and are left out; diagnose again.")
             manifest, reused = make_training_dataset(stage.settings, domain, sources, stage.folder())
             found = Distribution.model_validate(manifest.details["distribution"])
             stage.say(f"The training dataset:\n{found.table()}")

@@ -23,7 +23,10 @@ GRAPH = {
     "vllm_endpoint": ["eval_report", "merged_model"],
     "agent_smoke": ["vllm_endpoint"],
     "skill_package": ["eval_report", "merged_model", "vllm_endpoint"],
+    "failure_diagnosis": ["eval_report", "training_dataset"],
+    "targeted_examples": ["failure_diagnosis"],
 }
+ON_DEMAND = {"failure_diagnosis", "targeted_examples"}
 # Each check, and whether it blocks what comes after.
 CHECKS = {
     "training_dataset": {
@@ -94,9 +97,10 @@ def test_the_checks_and_which_of_them_block():
     assert found == CHECKS
 
 
-def test_the_job_holds_every_asset_and_every_check():
+def test_the_job_holds_every_check_and_every_asset_but_those_for_the_next_run():
+    assert {key.path[1] for key in defs.resolve_job_def("diagnose").asset_layer.selected_asset_keys} == ON_DEMAND
     layer = defs.resolve_job_def("retrain").asset_layer
-    assert {key.path[1] for key in layer.selected_asset_keys} == set(GRAPH)
+    assert {key.path[1] for key in layer.selected_asset_keys} == set(GRAPH) - ON_DEMAND
     assert {(key.asset_key.path[1], key.name) for key in layer.asset_graph.asset_check_keys} == {
         (asset, name) for asset, names in CHECKS.items() for name in names
     }
