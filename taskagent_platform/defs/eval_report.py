@@ -135,7 +135,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             base = load_report(stage.folder(BASE_KIND))
             found = find_artifact(stage.folder(), **made_from)
-            champion = _champion_report(stage, model, suite)
+            champion = champion_report(stage, model, suite)
             if found is None:
                 verdict = _evaluate_candidate(stage, model, suite, made_from, base, champion)
             else:
@@ -157,7 +157,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
                 against_champion=_comparison_table(measured, champion),
                 latency=latency_plot(measured.latency, measured.load),
                 failures=_failures_table(measured),
-                page=dg.MetadataValue.url((stage.folder() / PAGE_FILE).as_uri()),
+                page=dg.MetadataValue.path(stage.folder() / PAGE_FILE),
                 text=dg.MetadataValue.path(stage.folder() / TEXT_FILE),
             )
 
@@ -192,7 +192,7 @@ def gate_checks(domain: Domain) -> dg.AssetChecksDefinition:
     return checks
 
 
-def _champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport | None:
+def champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport | None:
     """Returns the report of the model that this one would replace; measures that model again where it is outdated.
 
     None where there is no such model.

@@ -1,0 +1,77 @@
+"""The champion's report: taken as it is while it holds, measured again on its own server where it does not."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from taskagent_platform.defs.eval_report import champion_report
+from taskagent_platform.defs.platform import Stage
+from taskagent_platform.domains.task_api import TaskApiDomain
+from taskagent_platform.evaluation.suite import load_suite
+from taskagent_platform.serving import deployments
+from taskagent_platform.serving.deployments import deploy, server_files, stop_all
+from taskagent_platform.serving.gates import judge
+from taskagent_platform.settings import Settings, load_settings
+from taskagent_platform_tests.serving.fake_model_server import start_fake_server
+from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path / "home"))
+    made = load_settings(profile="smoke", evaluation={"case_limit": None})
+    monkeypatch.setattr(deployments, "start_server", start_fake_server)
+    monkeypatch.setattr(deployments, "start_gateway", lambda settings: None)
+    monkeypatch.setattr(deployments, "running_gateway", lambda settings: None)
+    yield made
+    stop_all(made)
+
+
+@pytest.fixture
+def domain(tmp_path: Path) -> TaskApiDomain:
+    return small_domain(tmp_path)
+
+
+def stage_of(settings: Settings, domain: TaskApiDomain, said: list[str]) -> Stage:
+    context: Any = SimpleNamespace(
+        log=SimpleNamespace(info=said.append),
+        log_event=lambda event: None,
+        asset_key=dg.AssetKey([domain.name, "eval_report"]),
+    )
+    return Stage(context, settings, domain, "eval_report")
+
+
+def test_the_champions_report_is_measured_again_when_the_suites_changed(
+    settings: Settings, domain: TaskApiDomain
+) -> None:
+    said: list[str] = []
+    stage = stage_of(settings, domain, said)
+    folder, champion = make_model(settings, "one")
+    report_folder = make_report(settings, domain, champion)
+    suite = load_suite(domain.suites, domain)
+    assert champion_report(stage, champion, suite) is None, "nothing is deployed"
+    deploy(settings, domain, folder, report_folder)
+    assert champion_report(stage, champion, suite) is None, "the model itself is the champion"
+
+    _, candidate = make_model(settings, "two")
+    kept = champion_report(stage, candidate, suite)
+    assert kept is not None
+    assert (kept.model_digest, said) == (champion.digest, [])
+
+    [path] = domain.suites
+    path.write_text(path.read_text().replace("select 0", "choose 0"))
+    suite = load_suite(domain.suites, domain)
+    report_folder = make_report(settings, domain, candidate)
+    assert "measured on other suites" in " ".join(judge(settings, domain, candidate, report_folder).refusals)
+    again = champion_report(stage, candidate, suite)
+    assert again is not None
+    assert (again.model_digest, again.suite_digest) == (champion.digest, suite.digest)
+    assert "The champion is measured again." in said[0]
+    # The stand-in's server answers every case with a text: only the cases that ask for no call are right.
+    assert (again.metrics["abstention"].rate, again.metrics["tool_selection"].rate) == (1.0, 0.0)
+    assert server_files(settings, domain.name, champion.digest).record_file.exists(), "its own server was asked"
+    assert judge(settings, domain, candidate, report_folder).refusals == ()
