@@ -21,8 +21,9 @@ from taskagent_platform.defs.retrain import ON_DEMAND, job_name
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.diagnosis import diagnose, diagnosis_text, load_diagnosis, save_diagnosis
-from taskagent_platform.evaluation.report import gate_results, load_report
-from taskagent_platform.serving.gates import REPORT_KIND
+from taskagent_platform.evaluation.report import load_report
+from taskagent_platform.serving.gates import REPORT_KIND, judge
+from taskagent_platform.training.merge import KIND as MERGED
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
@@ -129,8 +130,8 @@ def diagnose_job_name(domain: str) -> str:
 
 def _passes(stage: Stage) -> bool:
     """Tells whether the gates pass: then the dataset stays as it is, and a run of all assets repeats itself."""
-    gates = stage.settings.gates
-    return all(result.passed for result in gate_results(load_report(stage.folder(REPORT_KIND)), gates))
+    model = read_manifest(stage.folder(MERGED), kind=MERGED)
+    return not judge(stage.settings, stage.domain, model, stage.folder(REPORT_KIND)).refusals
 
 
 def _training(stage: Stage) -> list[Record]:
