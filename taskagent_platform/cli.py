@@ -14,6 +14,7 @@ from taskagent_platform.errors import PlatformError
 
 if TYPE_CHECKING:
     from taskagent_platform.domains.base import Domain
+    from taskagent_platform.serving.gateway import ApiKeys
     from taskagent_platform.settings import Settings
 
 app = typer.Typer(
@@ -27,7 +28,9 @@ suite_app = typer.Typer(help="What models are judged by.", no_args_is_help=True)
 audit_app = typer.Typer(help="The record of every tool call, deployment and override.", no_args_is_help=True)
 app.add_typer(domain_app, name="domain")
 app.add_typer(suite_app, name="suite")
+key_app = typer.Typer(help="Who may use the endpoint; without any key, whoever reaches it.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+app.add_typer(key_app, name="key")
 
 DomainOption = Annotated[str | None, typer.Option("--domain", help="The domain; the settings' own if not given.")]
 NowOption = Annotated[
@@ -322,6 +325,53 @@ def verify_audit() -> None:
 
     log = audit_log(_settings())
     typer.echo(f"{log.path}: {log.verify()} lines, unchanged.")
+
+
+@audit_app.command("list")
+def list_audit(
+    last: Annotated[int, typer.Option(help="How many lines, the newest last.", min=1)] = 20,
+) -> None:
+    """Show the newest lines of the audit log: who, when, what, with which outcome."""
+    from collections import deque
+
+    from taskagent_platform.audit import audit_log
+
+    for entry in deque(audit_log(_settings()).entries(), maxlen=last):
+        arguments = entry.arguments if isinstance(entry.arguments, str) else json.dumps(entry.arguments or {})
+        call = f" {entry.tool}({arguments})" if entry.tool else ""
+        model = f" by model {entry.model_digest[:_DIGEST_SHOWN]}" if entry.model_digest else ""
+        # What a model wrote may hold control characters, which a terminal would obey.
+        line = f"{entry.actor} {entry.action} {entry.outcome}{call}{model}{f': {entry.reason}' if entry.reason else ''}"
+        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+        typer.echo(f"{entry.time:%Y-%m-%d %H:%M:%S} {entry.domain or '-'} {shown}")
+
+
+@key_app.command("add")
+def add_key(name: Annotated[str, typer.Argument(help="Whom it is for; the gateway's log shows it.")]) -> None:
+    """Make a key and print it, once: only its hash is kept. From the first key on, every client needs one."""
+    typer.echo(_keys().add(name))
+
+
+@key_app.command("list")
+def list_keys() -> None:
+    """List whom keys were made for."""
+    for name in _keys().names():
+        typer.echo(name)
+
+
+@key_app.command("remove")
+def remove_key(name: Annotated[str, typer.Argument(help="Whose key is taken back.")]) -> None:
+    """Take a key back; it stops working at once."""
+    left = _keys().remove(name)
+    rest = f"{left} left." if left else "No key is left: nobody gets in."
+    typer.echo(f"The key of {name} is no longer accepted. {rest}")
+
+
+def _keys() -> "ApiKeys":
+    from taskagent_platform.serving.active import active_file
+    from taskagent_platform.serving.gateway import ApiKeys, api_keys_file
+
+    return ApiKeys(api_keys_file(active_file(_settings())))
 
 
 def _settings() -> "Settings":

@@ -19,7 +19,7 @@ from taskagent_platform.settings import load_settings
 HEAVY = ("torch", "transformers", "vllm", "mlflow", "dagster", "openai", "agents", "numpy", "pydantic_settings")
 COMMANDS = (
     "demo", "improve", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit",
-    "suite",
+    "suite", "key",
 )  # fmt: skip
 
 
@@ -168,6 +168,35 @@ def test_the_audit_log_is_verified():
     again = run("audit", "verify")
     assert again.returncode == 1
     assert "was changed" in again.stderr
+
+
+def test_the_audit_log_is_shown_without_what_a_terminal_would_obey():
+    log = audit_log(load_settings())
+    log.append("deploy", "executed", domain="task_api", model_digest="ab" * 32)
+    log.append("tool_call", "refused", domain="task_api", tool="delete_task", arguments="\x1b[2J", reason="not asked")
+    done = invoke("audit", "list", "--last", "1")
+    assert done.exit_code == 0
+    assert done.stdout.count("\n") == 1
+    assert "tool_call refused delete_task(\\x1b[2J): not asked" in done.stdout
+    assert "deploy executed by model abababababab" in invoke("audit", "list").stdout
+
+
+def test_keys_are_made_listed_and_taken_back():
+    made = invoke("key", "add", "ann")
+    key = made.stdout.strip()
+    assert (made.exit_code, key[:3], len(key) > 40) == (0, "tk-", True)
+    stored = load_settings().home / "smoke" / "api_keys.json"
+    assert key not in stored.read_text()
+    again = run("key", "add", "ann")
+    assert again.returncode == 1
+    assert "There is a key for 'ann' already" in again.stderr
+    invoke("key", "add", "bob")
+    assert invoke("key", "list").stdout == "ann\nbob\n"
+    assert "1 left" in invoke("key", "remove", "ann").stdout
+    assert "nobody gets in" in invoke("key", "remove", "bob").stdout
+    # Taking the last key back must not open the door.
+    assert stored.exists()
+    assert "there are: none" in run("key", "remove", "bob").stderr
 
 
 def test_the_doctor_says_what_to_do(monkeypatch):

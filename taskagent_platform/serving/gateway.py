@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 import uvicorn
+from filelock import FileLock
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -101,6 +102,11 @@ class RateLimit:
         return 0.0
 
 
+def api_keys_file(active_path: Path) -> Path:
+    """Returns where the keys of the gateway that serves ``active.json`` are kept."""
+    return active_path.with_name("api_keys.json")
+
+
 class ApiKeys:
     """The keys that clients must show, as sha256 in a JSON file ``{"name": "sha256"}``; none if there is no file.
 
@@ -123,16 +129,47 @@ class ApiKeys:
                 found = name
         return found
 
+    def names(self) -> list[str]:
+        """Returns whom keys were made for. Raises PlatformError for a damaged file."""
+        return sorted(self._read()) if self.required() else []
+
     def add(self, name: str) -> str:
-        """Makes a key and returns it; it cannot be read again. From the first key on, every client needs one."""
+        """Makes a key and returns it; it cannot be read again. From the first key on, every client needs one.
+
+        Raises:
+            PlatformError: there is a key of that name.
+        """
         key = "tk-" + secrets.token_urlsafe(32)
-        stored = {**(self._read() if self.required() else {}), name: _key_hash(key)}
+        with self._lock():
+            stored = self._read() if self.required() else {}
+            if name in stored:
+                raise PlatformError(f"There is a key for {name!r} already; remove it first, or choose another name.")
+            self._write({**stored, name: _key_hash(key)})
+        return key
+
+    def remove(self, name: str) -> int:
+        """Takes a key back and returns how many are left; clients need one even where none is left.
+
+        Raises:
+            PlatformError: there is no key of that name.
+        """
+        with self._lock():
+            stored = self._read() if self.required() else {}
+            if name not in stored:
+                raise PlatformError(f"There is no key for {name!r}; there are: {', '.join(sorted(stored)) or 'none'}.")
+            del stored[name]
+            self._write(stored)
+        return len(stored)
+
+    def _lock(self) -> FileLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(self._path.with_name(f".{self._path.name}.lock"))
+
+    def _write(self, stored: dict[str, str]) -> None:
         scratch = self._path.with_name(self._path.name + ".partial")
         scratch.touch(mode=0o600)
         scratch.write_text(json.dumps(stored, indent=1))
         scratch.replace(self._path)
-        return key
 
     def _read(self) -> dict[str, str]:
         try:
@@ -152,7 +189,7 @@ def create_app(active_path: Path, *, requests_per_minute: int, clock: Callable[[
         requests_per_minute: the limit of each client: a key where keys are on, an address elsewhere.
         clock: seconds that only grow, for the limit.
     """
-    gateway = _Gateway(ActiveFile(active_path), ApiKeys(active_path.with_name("api_keys.json")),
+    gateway = _Gateway(ActiveFile(active_path), ApiKeys(api_keys_file(active_path)),
                        RateLimit(requests_per_minute, clock))  # fmt: skip
 
     @asynccontextmanager
