@@ -30,6 +30,7 @@ from taskagent_platform.evaluation.report import (
 )
 from taskagent_platform.evaluation.run import evaluate
 from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, load_suite
+from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.serving.active import Deployment, model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
 from taskagent_platform.serving.gates import (
@@ -66,6 +67,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
         description="The base model, served and measured as the fine-tuned one is, on the stated sample of the same "
         "suites. Remembered by the digests of model and suites: it does not change.",
         code=("evaluation",),
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)
@@ -118,6 +120,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
         "measured on the domain's suites. A candidate that passes keeps running until it is promoted or the run ends; "
         "one that does not is stopped. The checks are the gates: they block the deployment.",
         code=("evaluation", "serving/server.py"),
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)

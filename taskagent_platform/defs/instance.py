@@ -24,6 +24,35 @@ compute_logs:
   config:
     base_dir:
       env: DAGSTER_HOME
+# One run at a time computes on the accelerator (the assets of the pool `gpu`), or on as many GPUs as the machine has:
+# `dagster instance concurrency set gpu 2` raises the limit. The others wait in the queue, and so does a second retrain
+# of the same domain.
+concurrency:
+  runs:
+    max_concurrent_runs: 4
+    tag_concurrency_limits:
+      - key: taskagent/retrain
+        value:
+          applyLimitPerUniqueValue: true
+        limit: 1
+  pools:
+    default_limit: 1
+    granularity: run
+run_launcher:
+  module: taskagent_platform.launchers.gpu_run_launcher
+  class: GpuRunLauncher
+  config:
+    gpu:
+      local: {}
+    cpu:
+      local: {}
+# A run whose process is lost is gone on with once, from what it had finished; then it counts as failed.
+run_monitoring:
+  enabled: true
+  start_timeout_seconds: 300
+  cancel_timeout_seconds: 120
+  max_resume_run_attempts: 1
+  poll_interval_seconds: 30
 telemetry:
   enabled: false
 nux:

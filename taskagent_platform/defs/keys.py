@@ -25,6 +25,7 @@ class AssetOptions(NamedTuple):
         kinds: what it is made with; at most three, shown as icons.
         description: Markdown, shown in the catalogue.
         code: the sub-packages that decide what it is, for Dagster's staleness marks.
+        pool: ``GPU_POOL`` where it computes on the accelerator; None for the others.
     """
 
     name: str
@@ -32,6 +33,7 @@ class AssetOptions(NamedTuple):
     kinds: set[str]
     description: str
     code: tuple[str, ...]
+    pool: str | None = None
 
 
 def domain_asset(
@@ -54,4 +56,5 @@ def domain_asset(
         description=options.description,
         code_version=code_version(*options.code)[:16],
         check_specs=check_specs,
+        pool=options.pool,
     )

@@ -13,6 +13,7 @@ from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
 from taskagent_platform.defs.tracking import MODEL_TAG, Tracking
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.fine_tune import KIND, fine_tune, fine_tune_settings
 
@@ -36,6 +37,7 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
         description="The fine-tuned part: a LoRA adapter, trained with TRL and PEFT on what the assistant says. Loss "
         "and time left appear here as observations while it trains; the curve is in MLflow too.",
         code=("training",),
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)

@@ -6,6 +6,7 @@ from taskagent_platform.artifacts import code_version, find_artifact
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.fine_tune import KIND as ADAPTER
 from taskagent_platform.training.merge import KIND, merge, merge_settings
@@ -20,6 +21,7 @@ def merged_model(domain: Domain) -> dg.AssetsDefinition:
         description="Base model and adapter as one: safetensors, tokenizer, chat template and generation settings, "
         "as vLLM serves them.",
         code=("training",),
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _DEFAULT_DOMAIN: str = Settings.model_fields["domain"].default
 ON_DEMAND = ("failure_diagnosis", TARGETED)
 """The assets that the main job leaves out: what they make is for the next run."""
+RETRAIN_TAG = "taskagent/retrain"
+"""A run's tag that names the domain it retrains; dagster.yaml lets one such run of each domain go at a time."""
 _NIGHTLY = "30 2 * * *"
 
 
@@ -34,7 +36,7 @@ def retrain_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
         job_name(domain.name),
         selection=dg.AssetSelection.groups(domain.name) - dg.AssetSelection.assets(*on_demand),
         description=f"From source data to a served, gated model of {domain.name}, in one run.",
-        tags={"domain": domain.name},
+        tags={"domain": domain.name, RETRAIN_TAG: domain.name},
     )
 
 

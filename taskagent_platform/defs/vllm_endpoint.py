@@ -7,6 +7,7 @@ from taskagent_platform.defs.figures import table
 from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.serving.active import endpoint_url
 from taskagent_platform.serving.deployments import deploy
 from taskagent_platform.serving.gates import REPORT_KIND
@@ -35,6 +36,7 @@ def vllm_endpoint(domain: Domain) -> dg.AssetsDefinition:
         "where a gate is missing, stale, unfinished or failed. The server that was evaluated is promoted as it runs; "
         "the champion before stays ready for `taskagent rollback`.",
         code=("serving",),
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)

@@ -1,0 +1,10 @@
+"""Names that runs, assets and launchers agree on; free of Dagster, so that everything may import it."""
+
+GPU_POOL = "gpu"
+"""The pool of assets that compute on the accelerator; its limit is how many runs may hold one at a time."""
+COMPUTE_TAG = "taskagent/compute"
+"""A run's tag that says where it belongs, whatever it selects: ``gpu`` or ``cpu``."""
+GPUS_TAG = "taskagent/gpus"
+"""A run's tag that says how many GPUs it takes on this machine, where the launcher's own number does not suit."""
+ROUTE_TAG = "taskagent/route"
+"""A run's tag that the launcher writes: the side and the route that it chose, such as ``gpu:local``."""
