@@ -12,9 +12,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Self
+from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from taskagent_platform.errors import PlatformError
@@ -127,6 +128,47 @@ class GateSettings(_Section):
     )
 
 
+class RetrainSettings(_Section):
+    """When the platform retrains by itself."""
+
+    nightly: bool = Field(False, description="whether the nightly schedule is on before somebody switches it in Dagster")
+    cron: str = Field("30 2 * * *", description="when, as cron writes it: minute, hour, day, month, weekday")
+    time_zone: str = Field("UTC", description="the time zone that `cron` is meant in, such as Europe/Berlin")
+
+    @field_validator("time_zone")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (KeyError, ValueError, OSError):
+            raise ValueError("there is no such time zone; take a name such as Europe/Berlin") from None
+        return name
+
+
+class MonitoringSettings(_Section):
+    """How the served endpoint is watched."""
+
+    interval_s: int = Field(300, ge=30, description="seconds between two looks at the endpoint")
+    canary_timeout_s: float = Field(30, gt=0, description="the longest that a canary request may take")
+    window_h: float = Field(24, gt=0, description="hours of use that are looked back on")
+    min_calls: int = Field(50, ge=1, description="calls in the window below which nothing is said of them")
+    max_malformed: float = Field(0.01, ge=0, lt=1, description="share of calls that no tool takes")
+    max_drift: float = Field(0.35, gt=0, le=1, description="distance of the tool mix from the training mix, 0 to 1")
+
+
+class AlertSettings(_Section):
+    """Where alerts go, and how often."""
+
+    urls: tuple[SecretStr, ...] = Field(
+        (), description="addresses as Apprise writes them: slack://…, mailtos://…, msteams://…, pagerduty://…, json://…"
+    )
+    urls_file: Path | None = Field(None, description="a file with more of them, one a line: a mounted secret")
+    per_hour: int = Field(20, ge=1, description="messages to one address; what is over is put together in one")
+    repeat_after_h: float = Field(24, gt=0, description="a fault that lasts is told again after this time")
+    give_up_after_h: float = Field(24, gt=0, description="an alert that cannot be delivered is given up after this time")
+    dagster_url: str | None = Field(None, description="Dagster's page as the readers of alerts reach it")
+
+
 class PortSettings(_Section):
     """Pages of the tools that the platform runs on; they listen on the loopback interface."""
 
@@ -188,6 +230,9 @@ class Settings(BaseSettings):
     serving: ServingSettings = ServingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gates: GateSettings = GateSettings()
+    retrain: RetrainSettings = RetrainSettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
+    alerts: AlertSettings = AlertSettings()
     ports: PortSettings = PortSettings()
 
     @model_validator(mode="after")

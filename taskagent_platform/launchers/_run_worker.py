@@ -23,6 +23,7 @@ from taskagent_platform.launchers.worker_files import RECORD, STOP, write_ending
 _POLL_S = 0.5
 _HEARTBEAT_S = 10.0
 _RECORD_TIMEOUT_S = 15.0
+_NOT_STARTED = 127
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,7 +38,12 @@ def main(folder: Path, patience_s: float, command: list[str]) -> int:
     signal.signal(signal.SIGTERM, ask)
     if not _wait_for_record(folder):
         return 1
-    child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    try:
+        child = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    except OSError as error:
+        print(f"The run's process cannot be started: {error}", flush=True)
+        write_ending(folder, _NOT_STARTED, asked=False)
+        return _NOT_STARTED
     # Whoever is interrupted in the same terminal is not meant.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kill_at: float | None = None

@@ -22,6 +22,7 @@ from taskagent_platform.launchers.run_worker import RunWorkers, Worker
 
 FOLDER = "run_workers"
 """Where workers keep their records, inside the instance's folder."""
+_PROGRAM = "dagster"
 
 
 class LocalRunLauncher(RunLauncher[Any], ConfigurableClass):
@@ -130,6 +131,9 @@ class LocalRunLauncher(RunLauncher[Any], ConfigurableClass):
         return self.workers.log_tail(run.run_id) or None
 
     def _start(self, run: DagsterRun, command: Sequence[str], *, attempt: int) -> None:
+        if command[0] == _PROGRAM:
+            # A run that no code server brought names no path; the program of the job's interpreter is meant.
+            command = [check.not_none(run.job_code_origin).executable_path, "-m", _PROGRAM, *command[1:]]
         worker = self.workers.start(run.run_id, command, gpus=self._gpus_wanted(run), attempt=attempt)
         held = f" with GPU {', '.join(worker.gpus)}" if worker.gpus else ""
         self._instance.report_engine_event(f"Started {_worker_id(worker)}{held}.", run, cls=self.__class__)

@@ -26,6 +26,7 @@ from taskagent_platform_tests.launchers.gpu_jobs import FOLDER_VARIABLE, job
 
 TIMEOUT_S = 280.0
 MODULE = "taskagent_platform_tests.launchers.gpu_jobs"
+pytestmark = pytest.mark.timeout(900)
 LOG = logging.getLogger(__name__)
 
 
@@ -156,6 +157,7 @@ def test_an_unknown_side_is_refused(instance):
         launcher_of(instance).side_of(run)
 
 
+@pytest.mark.slow
 def test_runs_hold_different_gpus_until_they_end_and_the_cpu_side_holds_none(instance, folder):
     first = launch(instance, "train")
     assert seen(folder, "trained")[0] == "0"
@@ -175,6 +177,7 @@ def test_runs_hold_different_gpus_until_they_end_and_the_cpu_side_holds_none(ins
     assert all(is_gone(seen(folder, "trained", attempt)[2]) for attempt in (0, 1)), "children end with their run"
 
 
+@pytest.mark.slow
 def test_a_run_that_finds_no_free_gpu_waits_in_the_queue(instance, folder):
     launch(instance, "train", tags={GPUS_TAG: "2"})
     assert seen(folder, "trained")[0] == "0,1"
@@ -191,6 +194,7 @@ def test_a_run_that_wants_more_gpus_than_there_are_fails_and_says_so(instance):
     assert status(instance, run_id) == dg.DagsterRunStatus.FAILURE
 
 
+@pytest.mark.slow
 def test_terminating_ends_the_run_its_children_and_its_lease(instance, folder):
     run_id = launch(instance, "train")
     _, pid, child = seen(folder, "trained")
@@ -201,6 +205,7 @@ def test_terminating_ends_the_run_its_children_and_its_lease(instance, folder):
     assert not launcher_of(instance).terminate(run_id), "it is over"
 
 
+@pytest.mark.slow
 def test_a_run_that_will_not_end_is_killed_after_a_while(instance, folder):
     run_id = launch(instance, "defy")
     _, pid, child = seen(folder, "stubborn")
@@ -210,6 +215,7 @@ def test_a_run_that_will_not_end_is_killed_after_a_while(instance, folder):
     assert workers_of(instance).ending(run_id).asked
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_apart_and_its_lease_taken_back(instance, folder):
     run_id = launch(instance, "train")
     _, pid, child = seen(folder, "trained")
@@ -222,6 +228,7 @@ def test_a_killed_run_is_told_apart_and_its_lease_taken_back(instance, folder):
     wait_for(lambda: is_gone(child))
 
 
+@pytest.mark.slow
 def test_what_a_lost_supervisor_leaves_is_killed_before_its_gpu_is_leased_again(instance, folder):
     run_id = launch(instance, "train", tags={GPUS_TAG: "2"})
     _, pid, child = seen(folder, "trained")
