@@ -131,7 +131,9 @@ class GateSettings(_Section):
 class RetrainSettings(_Section):
     """When the platform retrains by itself."""
 
-    nightly: bool = Field(False, description="whether the nightly schedule is on before somebody switches it in Dagster")
+    nightly: bool = Field(
+        False, description="whether the nightly schedule is on before somebody switches it in Dagster"
+    )
     cron: str = Field("30 2 * * *", description="when, as cron writes it: minute, hour, day, month, weekday")
     time_zone: str = Field("UTC", description="the time zone that `cron` is meant in, such as Europe/Berlin")
 
@@ -165,7 +167,9 @@ class AlertSettings(_Section):
     urls_file: Path | None = Field(None, description="a file with more of them, one a line: a mounted secret")
     per_hour: int = Field(20, ge=1, description="messages to one address; what is over is put together in one")
     repeat_after_h: float = Field(24, gt=0, description="a fault that lasts is told again after this time")
-    give_up_after_h: float = Field(24, gt=0, description="an alert that cannot be delivered is given up after this time")
+    give_up_after_h: float = Field(
+        24, gt=0, description="an alert that cannot be delivered is given up after this time"
+    )
     dagster_url: str | None = Field(None, description="Dagster's page as the readers of alerts reach it")
 
 

@@ -35,7 +35,9 @@ def outbox(tmp_path, clock, *urls, send=None, **settings):
 
 
 def alert(key="gate", **more):
-    facts = more.pop("facts", [("What", "Argument extraction is 81.5% and must be greater than 90.0%: 8.5 points short.")])
+    facts = more.pop(
+        "facts", [("What", "Argument extraction is 81.5% and must be greater than 90.0%: 8.5 points short.")]
+    )
     return Alert.now(key, more.pop("title", "A gate blocks the model of task_api"), "failure", facts)
 
 
@@ -74,7 +76,9 @@ def test_text_of_models_is_data_in_a_mail(tmp_path, clock):
         box = outbox(tmp_path, clock, smtp.url)
         box.put(alert(facts=[("Answer", "<script>alert(1)</script> \x1b[2J \u202ereversed")]))
         box.deliver()
-        content = {part.get_content_type(): part.get_content() for part in smtp.mails[0].walk() if not part.is_multipart()}
+        content = {
+            part.get_content_type(): part.get_content() for part in smtp.mails[0].walk() if not part.is_multipart()
+        }
         assert "<script>" not in content.get("text/html", "")
         assert content
         for text in content.values():

@@ -22,13 +22,12 @@ from taskagent_platform.agent.state import stored_backend
 from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.base import Backend, Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.serving.active import endpoint_url, model_name
+from taskagent_platform.serving.active import API_KEY_VARIABLE, endpoint_url, model_name
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # the SDK takes a second to import; listing assets or printing help must not wait for it
     from taskagent_platform.agent.agent import Answer
 
-API_KEY_VARIABLE = "TASKAGENT_API_KEY"
 SMOKE_NOW = datetime(2024, 1, 15, 9)
 """The moment of the smoke test: the one around which the fixtures lie."""
 

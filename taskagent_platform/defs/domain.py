@@ -1,9 +1,10 @@
-"""The asset graph of one domain: assets, checks, job and schedule from its description alone."""
+"""The asset graph of one domain: assets, checks, job, schedule and sensor from its description alone."""
 
 import dagster as dg
 
 from taskagent_platform.defs.agent_smoke import agent_smoke
 from taskagent_platform.defs.base_model import base_model
+from taskagent_platform.defs.endpoint_sensor import endpoint_sensor
 from taskagent_platform.defs.eval_report import base_eval_report, eval_report, gate_checks
 from taskagent_platform.defs.failure_diagnosis import diagnose_job, failure_diagnosis, targeted_examples
 from taskagent_platform.defs.lora_adapter import lora_adapter, lora_adapter_checks
@@ -51,4 +52,5 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
         ],
         jobs=[retrain_job(domain), diagnose_job(domain)],
         schedules=[nightly_retrain(domain)],
+        sensors=[endpoint_sensor(domain)],
     )

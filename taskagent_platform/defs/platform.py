@@ -1,5 +1,6 @@
 """What every asset works with: the settings of its run, the folders of its domain, and a way to tell how it goes."""
 
+import inspect
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from taskagent_platform.artifacts import Manifest, code_version, digest_of, read_manifest
+from taskagent_platform.artifacts import Manifest, code_version, digest_of, file_digest, read_manifest
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
@@ -23,6 +24,7 @@ PROCESS_TAG = "taskagent/process"
 FINGERPRINT_TAG = "taskagent/fingerprint"
 """A run's tag with the digest of all that decides its outcome."""
 _OBSERVE_EVERY_S = 2.0
+_WITHOUT_INFLUENCE = {"home", "ports", "domain", "more_domains", "retrain", "monitoring", "alerts"}
 
 
 @dataclass
@@ -115,7 +117,7 @@ class Platform(dg.ConfigurableResource[Any]):
         try:
             settings = self.settings()
             stage = Stage(context, settings, domain, name)
-            _tag_run(context, settings)
+            _tag_run(context, settings, domain)
             with _only_writer(stage):
                 _remove_leftovers(stage.folder())
                 yield stage
@@ -123,10 +125,19 @@ class Platform(dg.ConfigurableResource[Any]):
             raise dg.Failure(description=str(error), allow_retries=False) from error
 
 
-def fingerprint(settings: Settings) -> str:
-    """Returns the digest of what decides a run's outcome: code (data generators and suites too) and settings."""
-    chosen = settings.model_dump(mode="json", exclude={"home", "ports", "domain", "more_domains"})
-    return digest_of({"code": code_version(), "settings": chosen})
+def fingerprint(settings: Settings, domain: Domain) -> str:
+    """Returns the digest of what decides a run's outcome: code, data (generators, suites) and settings."""
+    chosen = settings.model_dump(mode="json", exclude=_WITHOUT_INFLUENCE)
+    return digest_of({"code": code_version(), "domain": _domain_version(domain), "settings": chosen})
+
+
+def _domain_version(domain: Domain) -> str:
+    """Returns a digest of a domain's own files; a domain of another package is not part of this one's code."""
+    source = Path(inspect.getfile(type(domain)))
+    folder = source.parent if source.name == "__init__.py" else None
+    files = sorted(folder.rglob("*")) if folder else [source]
+    own = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
+    return digest_of([file_digest(path) for path in (*own, *domain.suites)])
 
 
 def process_mark(process: psutil.Process) -> str:
@@ -134,8 +145,8 @@ def process_mark(process: psutil.Process) -> str:
     return f"{process.pid}@{process.create_time():.2f}"
 
 
-def _tag_run(context: dg.AssetExecutionContext, settings: Settings) -> None:
-    tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: fingerprint(settings)}
+def _tag_run(context: dg.AssetExecutionContext, settings: Settings, domain: Domain) -> None:
+    tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: fingerprint(settings, domain)}
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and not tags.items() <= run.tags.items():
         context.instance.add_run_tags(context.run.run_id, tags)

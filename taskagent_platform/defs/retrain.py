@@ -1,14 +1,16 @@
-"""The job that runs a domain's whole line, and the nightly schedule for it, off until somebody switches it on."""
+"""The job that runs a domain's whole line, and the nightly schedule for it, off until a setting or a person says so."""
 
 from typing import TYPE_CHECKING
 
 import dagster as dg
+from dagster._utils.schedules import is_valid_cron_schedule
 
 from taskagent_platform.data.targeted import KIND as TARGETED
+from taskagent_platform.defs.check_evaluations import failed_checks
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.settings import Settings, load_settings
+from taskagent_platform.settings import Settings, load_settings, settings
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
@@ -18,7 +20,7 @@ ON_DEMAND = ("failure_diagnosis", TARGETED)
 """The assets that the main job leaves out: what they make is for the next run."""
 RETRAIN_TAG = "taskagent/retrain"
 """A run's tag that names the domain it retrains; dagster.yaml lets one such run of each domain go at a time."""
-_NIGHTLY = "30 2 * * *"
+_RECENT = 5
 
 
 def job_name(domain: str) -> str:
@@ -41,27 +43,50 @@ def retrain_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
 
 
 def nightly_retrain(domain: Domain) -> dg.ScheduleDefinition:
-    """Builds the schedule. It starts a run only where code or settings changed since the last one that succeeded."""
+    """Builds the schedule. It starts a run only where data, code or settings changed since the last one that ended.
+
+    Raises:
+        PlatformError: ``retrain.cron`` is not what cron understands.
+    """
     job = job_name(domain.name)
+    when = settings().retrain
+    if not is_valid_cron_schedule(when.cron):
+        raise PlatformError(
+            f"retrain.cron is {when.cron!r}; it takes five fields, such as 30 2 * * * for 2:30 at night."
+        )
 
     @dg.schedule(
-        cron_schedule=_NIGHTLY,
+        cron_schedule=when.cron,
+        execution_timezone=when.time_zone,
         job_name=job,
         name=f"{job}_nightly",
-        description="Retrains at night if code, data or settings changed since the last successful run.",
-        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Retrains at night if code, data or settings changed since the last run that came to an end.",
+        default_status=dg.DefaultScheduleStatus.RUNNING if when.nightly else dg.DefaultScheduleStatus.STOPPED,
     )
     def nightly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
-            wanted = fingerprint(load_settings())
+            wanted = fingerprint(load_settings(), domain)
         except PlatformError as error:
             return dg.SkipReason(f"Not retrained: {error}")
-        done = context.instance.get_runs(
-            filters=dg.RunsFilter(job_name=job, statuses=[dg.DagsterRunStatus.SUCCESS], tags={FINGERPRINT_TAG: wanted}),
-            limit=1,
+        runs = context.instance.get_runs(
+            filters=dg.RunsFilter(job_name=job, tags={FINGERPRINT_TAG: wanted}), limit=_RECENT
         )
-        if done:
-            return dg.SkipReason(f"Code, data and settings are the same as in run {done[0].run_id[:8]}.")
-        return dg.RunRequest(tags={FINGERPRINT_TAG: wanted})
+        reason = next(filter(None, (_reason_to_skip(context.instance, run) for run in runs)), None)
+        return dg.SkipReason(reason) if reason else dg.RunRequest(tags={FINGERPRINT_TAG: wanted})
 
     return nightly
+
+
+def _reason_to_skip(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str | None:
+    """Returns why an earlier run of the same data, code and settings makes another one needless, or None."""
+    same = f"Code, data and settings are the same as in run {run.run_id[:8]}"
+    if run.status == dg.DagsterRunStatus.SUCCESS:
+        return f"{same}."
+    if not run.is_finished:
+        return f"{same}, which has not ended yet ({run.status.value.lower()})."
+    if run.status != dg.DagsterRunStatus.FAILURE:
+        return None
+    # A model that its checks blocked would be blocked again; a crash is a reason to try again.
+    blocked = failed_checks(instance, run.run_id)
+    stopping = [check.check_name for check in blocked if check.severity == dg.AssetCheckSeverity.ERROR]
+    return f"{same}, which its checks stopped ({', '.join(stopping)})." if stopping else None

@@ -15,6 +15,8 @@ from taskagent_platform.settings import Settings
 
 DIGEST_HEADER = "x-model-digest"
 """The response header that names the model which answered."""
+API_KEY_VARIABLE = "TASKAGENT_API_KEY"
+"""Holds the key that this machine's own clients show the gateway, where it wants one."""
 
 
 class Deployment(BaseModel):

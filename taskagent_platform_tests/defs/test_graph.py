@@ -114,6 +114,7 @@ def test_the_nightly_schedule_is_off_until_somebody_switches_it_on():
 
 def test_an_unchanged_platform_is_not_retrained_at_night(monkeypatch, tmp_path):
     from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
+    from taskagent_platform.domains.registry import find_domain
     from taskagent_platform.settings import load_settings
 
     monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
@@ -128,7 +129,7 @@ def test_an_unchanged_platform_is_not_retrained_at_night(monkeypatch, tmp_path):
         instance.create_run_for_job(
             defs.resolve_job_def("retrain"),
             status=dg.DagsterRunStatus.SUCCESS,
-            tags={FINGERPRINT_TAG: fingerprint(load_settings())},
+            tags={FINGERPRINT_TAG: fingerprint(load_settings(), find_domain("task_api"))},
         )
         assert "same as in run" in evaluate().skip_message
         # Another setting that decides the outcome is a reason to retrain; another port is none.

@@ -278,9 +278,7 @@ def test_the_queue_daemon_keeps_the_pool_s_limit_and_offers_waiting_runs_again(i
         def offer() -> None:
             list(daemon.run_iteration(workspace, fixed_iteration_time=None))
 
-        greedy, *others = [
-            new_run(instance, "train", tags=tagged) for tagged in ({GPUS_TAG: "2"}, {}, {})
-        ]
+        greedy, *others = [new_run(instance, "train", tags=tagged) for tagged in ({GPUS_TAG: "2"}, {}, {})]
         for run_id in (greedy, *others):
             instance.submit_run(run_id, workspace.create_request_context())
         offer()

@@ -1,0 +1,57 @@
+"""Alerts on runs that failed for another reason than a check, which has an alert of its own."""
+
+import dagster as dg
+
+from taskagent_platform.alerts import Alert, outbox, run_link, what_serves
+from taskagent_platform.defs.alert_sensor import status_at_first
+from taskagent_platform.settings import load_settings, settings
+
+NAME = "run_failure"
+_CHECK_FAILED = "DagsterAssetCheckFailedError"
+
+
+def run_failure_sensor() -> dg.SensorDefinition:
+    """Builds the sensor. It looks at every run of this code location."""
+
+    @dg.run_failure_sensor(
+        name=NAME,
+        default_status=status_at_first(settings()),
+        description="Alerts on runs that failed: which step, why, and what still serves.",
+    )
+    def failed(context: dg.RunFailureSensorContext) -> dg.SkipReason:
+        run, steps = context.dagster_run, context.get_step_failure_events()
+        broken = [event for event in steps if not _is_a_failed_check(event)]
+        if steps and not broken:
+            return dg.SkipReason(f"Run {run.run_id[:8]} was stopped by a check, which is told by itself.")
+        present = load_settings()
+        domain = run.tags.get("domain", present.domain)
+        reasons = [f"{event.step_key}: {_reason(event)}" for event in broken] or [context.failure_event.message or ""]
+        alert = Alert.now(
+            f"run/{run.run_id}",
+            f"Run {run.run_id[:8]} of {run.job_name} failed",
+            "failure",
+            [
+                ("Why", "\n".join(reasons)),
+                ("Serving", what_serves(present, domain)),
+                ("Run", run_link(present, run.run_id)),
+            ],
+        )
+        outbox(present).put(alert)
+        return dg.SkipReason(f"Alert: {alert.title}.")
+
+    return failed  # type: ignore[return-value]
+
+
+def _is_a_failed_check(event: dg.DagsterEvent) -> bool:
+    error = event.step_failure_data.error
+    return error is not None and error.cls_name == _CHECK_FAILED
+
+
+def _reason(event: dg.DagsterEvent) -> str:
+    failure = event.step_failure_data
+    if failure.user_failure_data is not None and failure.user_failure_data.description:
+        return failure.user_failure_data.description
+    error = failure.error
+    while error is not None and error.cause is not None:
+        error = error.cause
+    return error.message.strip() if error is not None else "no reason was recorded"
