@@ -236,10 +236,15 @@ def status() -> None:
 
 @app.command()
 def stop() -> None:
-    """Stop the model servers and the gateway that the platform started, and only those."""
+    """Stop the runs, model servers and gateway that the platform started, and only those."""
+    from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers
     from taskagent_platform.serving.deployments import stop_all
 
-    stopped = stop_all(_settings())
+    settings = _settings()
+    workers = RunWorkers(settings.home / "dagster" / FOLDER)
+    # First, so that no run starts a server again.
+    stopped = [f"run {run_id[:8]}, which Dagster had started" for run_id in workers.stop_all()]
+    stopped += stop_all(settings)
     for text in stopped:
         typer.echo(f"stopped {text}" if not text.startswith("not ") else f"could not stop {text.removeprefix('not ')}")
     if not stopped:

@@ -66,7 +66,9 @@ def test_an_alert_reaches_a_webhook_and_a_mailbox(tmp_path, clock):
         assert http.posted[0]["type"] == "failure"
         mail = smtp.mails[0]
         assert "A gate blocks the model of task_api" in mail["subject"]
-        assert "8.5 points short" in mail.get_body(("plain", "html")).get_content()
+        content = mail.get_body(("plain", "html"))
+        assert content is not None
+        assert "8.5 points short" in content.get_content()
         assert box.deliver()[:2] == (0, 0), "nobody gets it twice"
         assert len(http.posted) == 1
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from taskagent_platform.alerts import Alert, asset_link, outbox, run_link, what_serves
+from taskagent_platform.alerts import Alert, Severity, asset_link, outbox, run_link, what_serves
 from taskagent_platform.defs.alert_sensor import status_at_first
 from taskagent_platform.defs.check_evaluations import RunChecks, checks_of_run
 from taskagent_platform.defs.eval_report import GATES
@@ -113,7 +113,7 @@ def _failed(
     }[kind]
     what = "\n".join(f"{check.check_name}: {_said(check)}" for check in failed)
     key = f"check/{run.run_id}/{asset.to_user_string()}/{kind}"
-    severity = "warning" if kind == "warning" else "failure"
+    severity: Severity = "warning" if kind == "warning" else "failure"
     return Alert.now(key, title, severity, [("What", what), *_facts(settings, run, checks, asset)])
 
 

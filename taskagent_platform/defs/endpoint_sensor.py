@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from taskagent_platform.alerts import Alert, asset_link, outbox, what_serves
+from taskagent_platform.alerts import Alert, Severity, asset_link, outbox, what_serves
 from taskagent_platform.defs.alert_sensor import status_at_first
 from taskagent_platform.defs.keys import asset_key
 from taskagent_platform.defs.vllm_endpoint import NAME as ENDPOINT
@@ -44,7 +44,7 @@ def endpoint_sensor(domain: Domain) -> dg.SensorDefinition:
                 ("Serving", what_serves(present, domain.name) if kind != "down" else "Nothing answers."),
                 ("Endpoint", asset_link(present, *key.path)),
             ]
-            severity = "warning" if kind == "drift" else "failure"
+            severity: Severity = "warning" if kind == "drift" else "failure"
             alert = Alert.now(name, f"{key.to_user_string()}: {_TITLES[kind]}", severity, facts)
             if box.put(alert):
                 told.append(alert.title)

@@ -39,7 +39,7 @@ def run_failure_sensor() -> dg.SensorDefinition:
         outbox(present).put(alert)
         return dg.SkipReason(f"Alert: {alert.title}.")
 
-    return failed  # type: ignore[return-value]
+    return failed
 
 
 def _is_a_failed_check(event: dg.DagsterEvent) -> bool:

@@ -18,10 +18,8 @@ from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.launchers.routes import GPUS_TAG
-from taskagent_platform.launchers.run_worker import RunWorkers, Worker
+from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers, Worker
 
-FOLDER = "run_workers"
-"""Where workers keep their records, inside the instance's folder."""
 _PROGRAM = "dagster"
 
 
@@ -50,7 +48,7 @@ class LocalRunLauncher(RunLauncher[Any], ConfigurableClass):
         self._patience_s = patience_s
         self._inst_data = inst_data
         self._made: RunWorkers | None = None
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @property
     def inst_data(self) -> ConfigurableClassData | None:

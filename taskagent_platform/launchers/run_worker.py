@@ -27,6 +27,8 @@ from taskagent_platform.settings import PROJECT_ROOT
 
 RUN_VARIABLE = "TASKAGENT_RUN"
 """Names the run in the environment of everything that it starts."""
+FOLDER = "run_workers"
+"""Where workers keep their records, inside the instance's folder."""
 LOG = "output.log"
 _MODULE = "taskagent_platform.launchers._run_worker"
 _CREATE_TIME_TOLERANCE_S = 1.0

@@ -44,7 +44,7 @@ def configuration(**gpu: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     return tmp_path
 
@@ -125,6 +125,12 @@ def tags(instance: dg.DagsterInstance, run_id: str) -> Any:
     return run.tags
 
 
+def side_of(instance: dg.DagsterInstance, run_id: str) -> str:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return launcher_of(instance).side_of(run)
+
+
 def health(instance: dg.DagsterInstance, run_id: str) -> Any:
     run = instance.get_run_by_id(run_id)
     assert run is not None
@@ -142,19 +148,18 @@ def health(instance: dg.DagsterInstance, run_id: str) -> Any:
     ],
 )
 def test_the_tag_decides_and_else_what_is_selected(instance, name, tagged, side):
-    run = instance.get_run_by_id(new_run(instance, name, tags=tagged))
-    assert launcher_of(instance).side_of(run) == side
+    assert side_of(instance, new_run(instance, name, tags=tagged)) == side
 
 
 def test_a_part_of_a_job_without_gpu_work_goes_to_the_cpu_side(instance):
     run_id = new_run(instance, "both", asset_selection=frozenset({dg.AssetKey("written")}))
-    assert launcher_of(instance).side_of(instance.get_run_by_id(run_id)) == "cpu"
+    assert side_of(instance, run_id) == "cpu"
 
 
 def test_an_unknown_side_is_refused(instance):
-    run = instance.get_run_by_id(new_run(instance, "train", tags={COMPUTE_TAG: "tpu"}))
+    run_id = new_run(instance, "train", tags={COMPUTE_TAG: "tpu"})
     with pytest.raises(PlatformError, match="'tpu'; it takes gpu or cpu"):
-        launcher_of(instance).side_of(run)
+        side_of(instance, run_id)
 
 
 @pytest.mark.slow
@@ -245,10 +250,10 @@ def test_what_a_lost_supervisor_leaves_is_killed_before_its_gpu_is_leased_again(
 
 def test_a_machine_without_a_gpu_does_the_work_on_the_cpu_side(folder):
     with dg.instance_for_test(overrides=configuration(gpus=[])) as instance:
-        assert launcher_of(instance).side_of(instance.get_run_by_id(new_run(instance, "train"))) == "cpu"
-        asked = instance.get_run_by_id(new_run(instance, "train", tags={COMPUTE_TAG: "gpu"}))
+        assert side_of(instance, new_run(instance, "train")) == "cpu"
+        asked = new_run(instance, "train", tags={COMPUTE_TAG: "gpu"})
         with pytest.raises(PlatformError, match="this machine has none that can be leased"):
-            launcher_of(instance).side_of(asked)
+            side_of(instance, asked)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def gateway(tmp_path, monkeypatch) -> Iterator[Gateway]:
 
 
 @pytest.fixture
-def deployed(gateway) -> Gateway:
+def deployed(gateway: Gateway) -> Gateway:
     settings = load_settings()
     deployment = Deployment(
         domain="lights", model_name="lights", model_digest="d" * 64, model_folder=Path("model"), report_digest="r",
