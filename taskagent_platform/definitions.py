@@ -16,7 +16,7 @@ _names = dict.fromkeys((settings().domain, *settings().more_domains))
 
 defs = dg.Definitions.merge(
     dg.Definitions(
-        resources={"platform": Platform(), "tracking": Tracking()},
+        resources={"platform": Platform(), "tracking": Tracking(tracking_uri=settings().mlflow_uri)},
         # The heavy work is done by processes that the assets start. Steps in the run's own process share them: the
         # server that was evaluated belongs to the run until it is promoted, and the machine does one thing at a time.
         executor=dg.in_process_executor,

@@ -228,6 +228,7 @@ class Settings(BaseSettings):
     domain: str = Field("task_api", description="the domain that the command line and the demo work on")
     more_domains: tuple[str, ...] = Field((), description="other domains whose graphs Dagster shows beside it")
     seed: int = 42
+    mlflow_uri: str = Field("", description="an MLflow server; a store under the home folder if empty")
     data: DataSettings = DataSettings()
     base_model: BaseModelSettings
     training: TrainingSettings = TrainingSettings()

@@ -1,0 +1,2 @@
+-- Run once, when the volume is new: MLflow keeps its tables apart from Dagster's.
+CREATE DATABASE mlflow;

@@ -1,0 +1,219 @@
+"""The container files without an engine: their schema, and that every path, port, variable and command is real."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from taskagent_platform.defs.instance import prepare_instance
+from taskagent_platform.serving.server import server_command
+from taskagent_platform.settings import PROJECT_ROOT, Settings, load_settings
+
+DOCKER = PROJECT_ROOT / "docker"
+OWN = ("mlflow", "code-location", "webserver", "daemon")
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def services(compose: Any) -> Any:
+    return compose["services"]
+
+
+def substituted(value: str) -> str:
+    """Returns a value as compose does where no variable is set."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value).replace("$$", "$")
+
+
+def serve_deployed() -> Any:
+    spec = importlib.util.spec_from_file_location("serve_deployed", DOCKER / "serve_deployed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_compose_is_valid_by_the_specification_s_schema(compose):
+    jsonschema = pytest.importorskip("jsonschema", reason="`make env` installs it")
+    spec = importlib.util.find_spec("check_jsonschema")
+    if spec is None or spec.origin is None:
+        pytest.skip("check-jsonschema, which carries the schema, is not installed: run `make env`")
+    schema = Path(spec.origin).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    validator = jsonschema.validators.validator_for(json.loads(schema.read_text()))(json.loads(schema.read_text()))
+    assert [error.message for error in validator.iter_errors(compose)] == []
+    compose = {**compose, "services": {**compose["services"], "broken": {"imagine": "x"}}}
+    assert list(validator.iter_errors(compose)), "the schema says no where there is a reason to"
+
+
+def test_the_dockerfile_is_clean():
+    program = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip("hadolint is not installed: run `make env`")
+    done = subprocess.run([program, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_stage_and_file_that_is_named_exists(services):
+    text = (DOCKER / "Dockerfile").read_text()
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE))
+    for name in OWN:
+        build = services[name]["build"]
+        assert build["target"] in stages
+        assert (DOCKER / build["context"]).resolve() == PROJECT_ROOT
+        assert (PROJECT_ROOT / build["dockerfile"]).is_file()
+    ignore = (PROJECT_ROOT / ".dockerignore").read_text().splitlines()
+    allowed = [line[1:] for line in ignore if line.startswith("!")]
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
+    for source in (source.rstrip("/") for line in copied for source in line.split()):
+        assert (PROJECT_ROOT / source).exists(), source
+        assert source in allowed, f"{source} does not come into the build: .dockerignore"
+    for stage, source in re.findall(r"^COPY --from=(\S+) (\S+) ", text, re.MULTILINE):
+        assert stage in stages
+        assert source in ("/opt/venv", "/app")
+
+
+def test_every_mounted_file_exists_and_every_volume_is_declared(compose, services):
+    for service in services.values():
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            if source.startswith("."):
+                assert (DOCKER / source).is_file(), source
+            else:
+                assert source in compose["volumes"]
+        for secret in service.get("secrets", []):
+            assert secret in compose["secrets"]
+    for secret in compose["secrets"].values():
+        assert substituted(secret["file"]).startswith("./secrets/")
+    ignored = (PROJECT_ROOT / ".gitignore").read_text().splitlines()
+    assert "/docker/secrets/" in ignored
+
+
+def test_no_password_is_written_down_and_nobody_is_root(compose, services):
+    text = (DOCKER / "compose.yaml").read_text() + (DOCKER / "dagster.yaml").read_text()
+    assert not re.search(r"(?i)password: *[\"']?\w+[\"']?$", text, re.MULTILINE)
+    final = (DOCKER / "Dockerfile").read_text().split("\nFROM base AS ")
+    for stage in final:
+        if stage.startswith(("orchestrator\n", "gpu-worker\n")):
+            assert re.search(r"^USER 10001:10001$", stage, re.MULTILINE)
+    assert services["vllm"]["user"] == "10001:10001"
+    for name, service in services.items():
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
+
+
+def test_every_service_is_watched_and_waits_for_what_it_needs(services):
+    for name, service in services.items():
+        assert service["healthcheck"]["test"][0] == "CMD"
+        assert service["restart"] == "unless-stopped"
+        for other in service.get("depends_on", {}):
+            assert other in services, name
+    assert services["daemon"]["network_mode"] == "service:code-location"
+    for name in ("daemon", "vllm"):
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    grace = int(services["daemon"]["stop_grace_period"].removesuffix("s"))
+    assert grace > 45
+
+
+def test_every_variable_is_a_setting(services, monkeypatch, tmp_path):
+    secrets = tmp_path / "alert_urls"
+    secrets.write_text("json://127.0.0.1:1\n")
+    for name in OWN:
+        environment = {key: substituted(value) for key, value in services[name]["environment"].items()}
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value.replace("/run/secrets/alert_urls", str(secrets)))
+        monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+        settings = load_settings()
+        assert settings.profile == "gpu"
+        assert settings.mlflow_uri == "http://mlflow:5000"
+        assert settings.alerts.urls_file == secrets
+        monkeypatch.setenv("TASKAGENT_SERVING__IMAGINED", "1")
+        with pytest.raises(Exception, match="imagined"):
+            load_settings()
+        monkeypatch.delenv("TASKAGENT_SERVING__IMAGINED")
+
+
+def test_ports_agree_with_each_other_and_with_the_settings(services, monkeypatch):
+    published = {name: port.split(":")[1:] for name, service in services.items() for port in service.get("ports", [])}
+    settings = Settings.model_fields
+    assert published["code-location"] == [services["daemon"]["environment"]["TASKAGENT_SERVING__PORT"]] * 2
+    assert published["webserver"] == [str(settings["ports"].default.dagster)] * 2
+    assert published["mlflow"] == [str(settings["ports"].default.mlflow), "5000"]
+    assert services["daemon"]["environment"]["TASKAGENT_MLFLOW_URI"] == "http://mlflow:5000"
+    location = yaml.safe_load((DOCKER / "workspace.yaml").read_text())["load_from"][0]["grpc_server"]
+    command = services["code-location"]["command"]
+    assert location["host"] in services
+    assert str(location["port"]) == command[command.index("--port") + 1]
+    assert command[command.index("--module-name") + 1] == "taskagent_platform.definitions"
+    assert services["vllm"]["environment"]["PORT"] in published["vllm"]
+    for name in ("mlflow", "code-location", "webserver", "vllm"):
+        said = " ".join(services[name]["healthcheck"]["test"])
+        assert published.get(name, ["4000"])[-1] in said or "4000" in said
+
+
+def test_every_program_that_is_started_is_installed(services):
+    installed = {entry.name for entry in entry_points(group="console_scripts")}
+    for name in OWN:
+        for command in (services[name]["command"], services[name]["healthcheck"]["test"][1:]):
+            program = command[0]
+            assert program in installed or program in ("python", "/bin/sh"), program
+
+
+def test_the_entry_point_hands_on_the_password(tmp_path):
+    script = (DOCKER / "entrypoint.sh").read_text()
+    secret = tmp_path / "postgres_password"
+    secret.write_text("s3cret\n")
+    assert "secret=/run/secrets/postgres_password" in script
+    script = script.replace("/run/secrets/postgres_password", str(secret))
+    command = ["/bin/sh", "-c", script, "entrypoint", "/bin/sh", "-c", 'echo "$DAGSTER_PG_PASSWORD"']
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "s3cret\n"
+
+
+def test_the_instance_is_the_workstation_s_but_for_its_storage(tmp_path, monkeypatch):
+    from dagster._core.instance.config import dagster_instance_config
+
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
+    here = yaml.safe_load((prepare_instance(load_settings()) / "dagster.yaml").read_text())
+    there = yaml.safe_load((DOCKER / "dagster.yaml").read_text())
+    assert set(there.pop("storage")) == {"postgres"}
+    del here["storage"]
+    assert there == here
+    monkeypatch.setenv("DAGSTER_PG_HOST", "postgres")
+    monkeypatch.setenv("DAGSTER_PG_PASSWORD", "x")
+    config, _ = dagster_instance_config(str(DOCKER))
+    assert config["run_launcher"]["class"] == "GpuRunLauncher"
+    assert config["storage"]["postgres"]["postgres_db"]["db_name"] == "dagster"
+
+
+def test_the_plain_server_serves_as_the_platform_s_own_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.setenv("TASKAGENT_PROFILE", "gpu")
+    folder = tmp_path / "model"
+    deployment = {"model_folder": str(folder), "model_name": "task_api", "model_digest": "d"}
+    _, *plain = serve_deployed().command(deployment, 8000)
+    _, *own = server_command(load_settings(), folder, name="task_api", host="0.0.0.0", port=8000)
+    # It has the card to itself.
+    share = own.index("--gpu-memory-utilization")
+    del own[share : share + 2]
+    assert sorted(plain) == sorted(argument for argument in own if argument != "--enforce-eager")
+
+
+def test_nothing_is_served_that_is_not_deployed(tmp_path):
+    active = tmp_path / "active.json"
+    assert serve_deployed().deployed(active, "task_api") is None
+    active.write_text(json.dumps({"domains": {"task_api": {"active": {"model_digest": "d"}}}}))
+    assert serve_deployed().deployed(active, "task_api") == {"model_digest": "d"}
+    assert serve_deployed().deployed(active, "other") is None
