@@ -1,0 +1,110 @@
+"""The nightly schedule: when it runs, and why it does not."""
+
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from taskagent_platform.defs import retrain
+from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.settings import load_settings
+from taskagent_platform_tests.switch_domain import SWITCHES
+
+JOB = "switches__retrain"
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
+    monkeypatch.setattr(retrain, "settings", load_settings)
+
+
+@pytest.fixture
+def instance():
+    with dg.instance_for_test() as made:
+        yield made
+
+
+@dg.asset
+def report() -> None:
+    pass
+
+
+@dg.asset_check(asset=report, blocking=True)
+def tool_selection() -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=False)
+
+
+@dg.asset
+def broken() -> None:
+    raise RuntimeError("out of memory")
+
+
+def tick(instance: dg.DagsterInstance) -> Any:
+    return retrain.nightly_retrain(SWITCHES).evaluate_tick(dg.build_schedule_context(instance))
+
+
+def earlier_run(instance: dg.DagsterInstance, assets: list[Any]) -> None:
+    """Leaves a run of the same data, code and settings, as the job's own would be."""
+    job = dg.Definitions(
+        assets=assets,
+        jobs=[dg.define_asset_job(JOB)],
+        executor=dg.in_process_executor,
+    ).resolve_job_def(JOB)
+    tags = {FINGERPRINT_TAG: fingerprint(load_settings(), SWITCHES)}
+    job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+
+
+def test_cron_and_time_zone_come_from_the_settings(monkeypatch):
+    monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "15 4 * * 1")
+    monkeypatch.setenv("TASKAGENT_RETRAIN__TIME_ZONE", "Europe/Berlin")
+    monkeypatch.setenv("TASKAGENT_RETRAIN__NIGHTLY", "true")
+    schedule = retrain.nightly_retrain(SWITCHES)
+    assert (schedule.cron_schedule, schedule.execution_timezone) == ("15 4 * * 1", "Europe/Berlin")
+    assert schedule.default_status == dg.DefaultScheduleStatus.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("CRON", "at night", "retrain.cron is 'at night'"), ("TIME_ZONE", "Mars/Olympus", "there is no such time zone")],
+)
+def test_a_time_that_is_none_is_refused(name, value, said, monkeypatch):
+    monkeypatch.setenv(f"TASKAGENT_RETRAIN__{name}", value)
+    with pytest.raises(PlatformError, match=said):
+        retrain.nightly_retrain(SWITCHES)
+
+
+def test_a_run_that_goes_on_is_not_doubled(instance):
+    tags = {FINGERPRINT_TAG: fingerprint(load_settings(), SWITCHES)}
+
+    @dg.job(name=JOB)
+    def empty():
+        pass
+
+    instance.create_run_for_job(empty, tags=tags, status=dg.DagsterRunStatus.STARTED)
+    assert "has not ended yet (started)" in tick(instance).skip_message
+
+
+def test_a_model_that_its_checks_stopped_is_not_made_again(instance):
+    earlier_run(instance, [report, tool_selection])
+    assert "which its checks stopped (tool_selection)" in tick(instance).skip_message
+
+
+def test_a_run_that_crashed_is_tried_again(instance):
+    earlier_run(instance, [broken])
+    assert len(tick(instance).run_requests) == 1
+
+
+def test_data_of_a_domain_is_a_reason_to_retrain(tmp_path, monkeypatch):
+    suite = tmp_path / "suite.json"
+    suite.write_text("{}")
+    monkeypatch.setattr(type(SWITCHES), "suites", (suite,))
+    before = fingerprint(load_settings(), SWITCHES)
+    assert fingerprint(load_settings(), SWITCHES) == before
+    suite.write_text('{"tool_selection": []}')
+    assert fingerprint(load_settings(), SWITCHES) != before
+    monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "0 3 * * *")
+    suite.write_text("{}")
+    assert fingerprint(load_settings(), SWITCHES) == before, "when it is retrained decides nothing"
