@@ -15,6 +15,8 @@ from filelock import FileLock, Timeout
 from pydantic import Field
 
 from taskagent_platform.artifacts import Manifest, code_version, digest_of, file_digest, read_manifest
+from taskagent_platform.data.targeted import KIND as TARGETED
+from taskagent_platform.data.targeted import usable_targeted
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
@@ -126,9 +128,17 @@ class Platform(dg.ConfigurableResource[Any]):
 
 
 def fingerprint(settings: Settings, domain: Domain) -> str:
-    """Returns the digest of what decides a run's outcome: code, data (generators, suites) and settings."""
+    """Returns the digest of what decides a run's outcome: code, data (generators, suites, targets) and settings."""
     chosen = settings.model_dump(mode="json", exclude=_WITHOUT_INFLUENCE)
-    return digest_of({"code": code_version(), "domain": _domain_version(domain), "settings": chosen})
+    targeted = settings.folder(domain.name) / TARGETED
+    return digest_of(
+        {
+            "code": code_version(),
+            "domain": _domain_version(domain),
+            "targeted": read_manifest(targeted).digest if usable_targeted(targeted) else None,
+            "settings": chosen,
+        }
+    )
 
 
 def _domain_version(domain: Domain) -> str:

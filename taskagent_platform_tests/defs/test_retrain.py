@@ -5,6 +5,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from taskagent_platform.artifacts import code_version, new_artifact
+from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.defs import retrain
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
 from taskagent_platform.errors import PlatformError
@@ -108,3 +110,7 @@ def test_data_of_a_domain_is_a_reason_to_retrain(tmp_path, monkeypatch):
     monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "0 3 * * *")
     suite.write_text("{}")
     assert fingerprint(load_settings(), SWITCHES) == before, "when it is retrained decides nothing"
+    folder = load_settings().folder(SWITCHES.name) / TARGETED
+    with new_artifact(folder, kind=TARGETED, inputs={}, settings={}, code_version=code_version("data", "domains")):
+        pass
+    assert fingerprint(load_settings(), SWITCHES) != before
