@@ -32,6 +32,9 @@ COMBINED = "combined"
 _SHORT = 6
 """Words of a request that is joined with others, its slots counted as one."""
 _JOINTS = (" and ", " and ", ", and ", " and also ", ", then ", "; ", ". ", ". Also, ", ", plus ", ", also ")
+_SHARES_OF_CLAUSES = (0.6, 0.28, 0.12)
+"""How many requests get no, one or two more attributes."""
+_DATED = frozenset({"date", "when", "onday", "at", "day", "range"})
 _JOINTS_OF_SENTENCES = (" ", " Also, ", " And ", " Then ")
 
 
@@ -163,11 +166,21 @@ class ExampleWriter(ABC):
         names = [name for name, found in short.items() if found]
         while True:
             count = 2 if rng.random() < 0.75 else 3
-            parts = [rng.choice(short[rng.choice(names)]) for _ in range(count)]
+            parts = [cls.with_clauses(rng.choice(short[rng.choice(names)]), rng) for _ in range(count)]
             # Of two that ask for the same without any value, one would be the other's echo.
             echoes = [part.calls[0].tool for part in parts if not any(map(_is_slot, part.turns[0].request))]
             if len(set(echoes)) == len(echoes):
                 yield _join(parts, rng)
+
+    @classmethod
+    def with_clauses(cls, template: Template, rng: random.Random) -> Template:
+        """Returns a request for one call, sometimes with one or two more attributes from its tool's clauses."""
+        calls = template.calls
+        if len(calls) != 1 or len(template.turns) != 1 or not (cls.phrasings / _clauses_of(calls[0].tool)).exists():
+            return template
+        for letter in "xy"[: rng.choices((0, 1, 2), _SHARES_OF_CLAUSES)[0]]:
+            template = _with_clause(template, rng.choice(cls.templates(f"clauses_{calls[0].tool}")), letter)
+        return template
 
     @abstractmethod
     def system_prompt(self) -> str:
@@ -193,10 +206,6 @@ class ExampleWriter(ABC):
     @abstractmethod
     def answer(self, done: Sequence[Done]) -> str:
         """Returns the assistant's last words in a turn, after its calls."""
-
-    def prepare(self, template: Template, kind: str) -> Template:
-        """Returns the template that is written, before its slots are filled: the same, or one made from it."""
-        return template
 
     def argument(self, name: str, meant: str) -> str:
         """Returns an argument's value from what the template says of it."""
@@ -227,7 +236,8 @@ class ExampleWriter(ABC):
         return "".join(map(piece, value))
 
     def _write(self, template: Template, source: str, kind: str, seed: int) -> Example:
-        template = self.prepare(template, kind)
+        if kind != COMBINED:
+            template = self.with_clauses(template, self.rng)
         for turn in template.turns:
             for slot in turn.request:
                 if isinstance(slot, Slot) and slot.key not in self.filled:
@@ -262,7 +272,8 @@ class ExampleWriter(ABC):
             ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
             yield {
                 "role": "assistant",
-                "content": self._plan(step, turn.request) or None,
+                # Later steps copy from the plan of the turn.
+                "content": (self._plan(turn) or None) if number == 0 else None,
                 "tool_calls": [
                     {"id": id_, "type": "function", "function": {"name": tool, "arguments": dump(arguments)}}
                     for id_, (tool, arguments) in zip(ids, calls, strict=True)
@@ -283,17 +294,19 @@ class ExampleWriter(ABC):
         """Returns the note for an argument that the template writes as a bare word."""
         return ""
 
-    def _plan(self, step: Sequence[CallTemplate], request: Text) -> str:
-        """Returns what the assistant notes down before the calls of a step.
+    def _plan(self, turn: Turn) -> str:
+        """Returns what the assistant notes down before the first call of a turn.
 
         For each call, the optional arguments that were mentioned, in the order of the request, each by what has to be
-        looked up for it or by its name; several calls are told apart by their tools. Deciding what a call needs while
-        reading the request is easier for a small model than remembering it at each argument in turn.
+        looked up for it or by its name; several calls are told apart by their tools, and steps by ``then``. Deciding
+        what a call needs while reading the request is easier for a small model than remembering it at each argument.
         """
-        plans = [self._mentions(call, request) for call in step]
-        if len(step) == 1:
-            return plans[0]
-        return "; ".join(f"{call.tool} {plan}".rstrip() for call, plan in zip(step, plans, strict=True))
+        if len(turn.steps) == 1 and len(turn.steps[0]) == 1:
+            return self._mentions(turn.steps[0][0], turn.request)
+        return " then ".join(
+            "; ".join(f"{call.tool} {self._mentions(call, turn.request)}".rstrip() for call in step)
+            for step in turn.steps
+        )
 
     def _mentions(self, call: CallTemplate, request: Text) -> str:
         fields = next(tool for tool in self.tools if tool.name == call.tool).arguments.model_fields
@@ -432,15 +445,39 @@ def _join(parts: Sequence[Template], rng: random.Random) -> Template:
                 pieces[0] = pieces[0][:1].lower() + pieces[0][1:]
         request += pieces
         call = part.calls[0]
-        arguments: dict[str, Value] = {}
-        for name, value in call.arguments.items():
-            if isinstance(value, list):
-                arguments[name] = [tuple(_lettered(piece, letter) for piece in item) for item in value]
-            elif isinstance(value, tuple):
-                arguments[name] = tuple(_lettered(piece, letter) for piece in value)
+        arguments = {name: _lettered_value(value, letter) for name, value in call.arguments.items()}
         calls.append(CallTemplate(call.tool, arguments))
     joined = Turn(tuple(request), (tuple(calls),))
     return Template((joined,), "+".join(f"{part.file}:{part.line}" for part in parts), 0)
+
+
+def _clauses_of(tool: str) -> str:
+    return f"clauses_{tool}.txt"
+
+
+def _with_clause(template: Template, clause: Template, letter: str) -> Template:
+    """Adds a clause's attributes to a request for one call; the same template if it has them, or has no room."""
+    turn, call = template.turns[0], template.calls[0]
+    extra = clause.calls[0].arguments
+    pieces = [_lettered(piece, letter) for piece in clause.turns[0].request]
+    request = list(turn.request)
+    kinds = {piece.kind for piece in request if isinstance(piece, Slot)}
+    end = request[-1]
+    mark = end[-1] if isinstance(end, str) and end[-1:] in "?!." else ""
+    new_sentence = isinstance(pieces[0], str) and pieces[0].startswith((".", "?"))
+    if (
+        set(extra) & set(call.arguments)
+        or (kinds & _DATED and any(isinstance(piece, Slot) and piece.kind in _DATED for piece in pieces))
+        or (mark and new_sentence)
+        or (isinstance(end, str) and end.rstrip().endswith(":"))
+    ):
+        return template
+    if mark:
+        request[-1] = str(end)[:-1]
+        pieces.append(mark)
+    arguments = {**call.arguments, **{name: _lettered_value(value, letter) for name, value in extra.items()}}
+    joined = replace(turn, request=(*request, *pieces), steps=((replace(call, arguments=arguments),),))
+    return replace(template, turns=(joined,))
 
 
 def _is_slot(piece: str | Slot) -> bool:
@@ -450,6 +487,13 @@ def _is_slot(piece: str | Slot) -> bool:
 def _lettered(piece: str | Slot, letter: str) -> str | Slot:
     """Returns the piece; a slot as a draw of its own."""
     return piece if isinstance(piece, str) else replace(piece, draw=letter + piece.draw)
+
+
+def _lettered_value(value: Value, letter: str) -> Value:
+    """Returns an argument's value with its slots as draws of their own."""
+    if isinstance(value, list):
+        return [tuple(_lettered(piece, letter) for piece in item) for item in value]
+    return value if isinstance(value, Result) else tuple(_lettered(piece, letter) for piece in value)
 
 
 def _is_rich(template: Template) -> bool:

@@ -3,7 +3,6 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from taskagent_platform.domains.task_api.wording import Wording
 
 PHRASINGS = Path(__file__).parent / "phrasings"
 _LOOKS_LIKE_AN_ID = re.compile(r"\S*\d\S*")
-_SHARE_WITH_CLAUSE = 0.3
-"""How many requests for a new task get one more attribute."""
 
 
 class TaskApiWriter(ExampleWriter):
@@ -35,7 +32,7 @@ class TaskApiWriter(ExampleWriter):
         },
         "function_calling": {
             "create_task": 14, "list_tasks": 19, "overdue": 5, "complete_task": 12, "delete_task": 10,
-            "get_calendar": 11, "create_project": 3, "no_tool": 14, "missing": 12,
+            "get_calendar": 11, "create_project": 3, "no_tool": 18, "missing": 13,
         },
         "multi_tool": {"chains": 42, "parallel": 26, COMBINED: 22, "corrections": 10},
     }  # fmt: skip
@@ -69,34 +66,6 @@ class TaskApiWriter(ExampleWriter):
         days = day_words(self.now)
         dated = argument.endswith(("date", "before")) and literal in days
         return f"{literal} {written(days[literal], self.now)}" if dated else ""
-
-    def prepare(self, template: Template, kind: str) -> Template:
-        """Returns the template; some requests for a new task get one more attribute."""
-        if kind.startswith("create_task") and self.rng.random() < _SHARE_WITH_CLAUSE:
-            return self._with_clause(template)
-        return template
-
-    def _with_clause(self, template: Template) -> Template:
-        """Adds an attribute that the request for a new task does not have yet."""
-        turn = template.turns[0]
-        call = template.calls[0]
-        used = {slot.key for slot in turn.request if isinstance(slot, Slot)}
-        kinds = {slot.kind for slot in turn.request if isinstance(slot, Slot)}
-        clause = self.rng.choice(self.templates("clauses_create_task"))
-        extra = clause.calls[0].arguments
-        slots = [slot for slot in clause.turns[0].request if isinstance(slot, Slot)]
-        end = turn.request[-1]
-        ends_a_sentence = isinstance(end, str) and end.rstrip()[-1:] in "?!.:"
-        if (
-            ends_a_sentence
-            or set(extra) & set(call.arguments)
-            or used & {slot.key for slot in slots}
-            or (kinds & {"date", "when", "onday", "at"} and "due_date" in extra)
-        ):
-            return template
-        request = turn.request + clause.turns[0].request
-        merged = replace(call, arguments={**call.arguments, **extra})
-        return replace(template, turns=(replace(turn, request=request, steps=((merged,),)),))
 
     def state(self, template: Template, *, complete: bool) -> State:
         """Returns a state in which every task and project that the calls name exists, among a few others."""

@@ -1,14 +1,17 @@
 import json
+import random
 import re
+from collections import Counter
 from datetime import datetime
 
 import pytest
 
 from taskagent_platform.data.verify import verify
-from taskagent_platform.domains.phrasing import Slot, read_templates
+from taskagent_platform.domains.base import Message
+from taskagent_platform.domains.phrasing import Result, Slot, read_templates
 from taskagent_platform.domains.task_api import DOMAIN
 from taskagent_platform.domains.task_api.date_words import MONTHS, day_words, month_years
-from taskagent_platform.domains.task_api.examples import PHRASINGS, generate
+from taskagent_platform.domains.task_api.examples import PHRASINGS, TaskApiWriter, generate
 from taskagent_platform.domains.task_api.wording import Wording
 from taskagent_platform.errors import PlatformError
 
@@ -57,8 +60,6 @@ def test_values_are_the_users_words():
 
 @pytest.mark.parametrize("now", MOMENTS)
 def test_dates_mean_what_they_say(now):
-    import random
-
     wording = Wording(random.Random(1), now)
     words = day_words(now)
     years = month_years(now)
@@ -120,18 +121,41 @@ def _said(value):
     return (value[0] if isinstance(value, list) else value).casefold()
 
 
-def test_the_plan_of_several_calls_names_their_tools():
+def test_the_plan_of_a_turn_names_the_tools_of_its_calls_in_order():
     seen = 0
     for example in generate("multi_tool", 120, 5, MOMENTS):
-        for message in example.messages:
-            calls = message.get("tool_calls", [])
+        turns: list[list[Message]] = [[]]
+        for message in example.messages[1:]:
+            if message["role"] == "user":
+                turns.append([])
+            elif message.get("tool_calls"):
+                turns[-1].append(message)
+        for steps in turns:
+            calls = [call["function"] for message in steps for call in message["tool_calls"]]
+            assert not any(message["content"] for message in steps[1:])
+            # A chain that was broken off, or whose last step was left unsaid, was planned to its end.
+            plans = re.split("; | then ", steps[0]["content"] or "") if steps else []
             if len(calls) < 2:
                 continue
-            plans = message["content"].split("; ")
-            assert [plan.split(" ")[0] for plan in plans] == [call["function"]["name"] for call in calls]
-            for plan, call in zip(plans, calls, strict=True):
-                given = json.loads(call["function"]["arguments"])
-                named = [word for word in plan.split(" ", 1)[-1].split(", ") if word in _FIELDS]
-                assert set(named) <= set(given)
+            assert [plan.split(" ")[0] for plan in plans][: len(calls)] == [call["name"] for call in calls]
+            for plan, call in zip(plans, calls, strict=False):
+                named = {word for word in plan.split(" ", 1)[-1].split(", ") if word in _FIELDS}
+                assert named <= set(json.loads(call["arguments"]))
             seen += 1
-    assert seen > 40
+    assert seen > 60
+
+
+def test_clauses_add_attributes_that_the_request_says():
+    added: Counter[str] = Counter()
+    rng = random.Random(4)
+    for tool in ("create_task", "list_tasks", "update_task", "create_project"):
+        for template in TaskApiWriter.templates(tool):
+            extended = TaskApiWriter.with_clauses(template, rng)
+            before, after = template.calls[0].arguments, extended.calls[0].arguments
+            assert before.items() <= after.items()
+            added[tool] += len(after) > len(before)
+            slots = {piece.key for piece in extended.turns[0].request if isinstance(piece, Slot)}
+            for value in after.values():
+                texts = [] if isinstance(value, Result) else value if isinstance(value, list) else [value]
+                assert {piece.key for text in texts for piece in text if isinstance(piece, Slot)} <= slots
+    assert min(added.values()) > 10
