@@ -111,6 +111,12 @@ class EvaluationSettings(_Section):
     load_seconds: float = Field(60, gt=0, description="how long the load curve may take")
 
 
+class BfclSettings(_Section):
+    """The Berkeley Function Calling Leaderboard, asked on demand."""
+
+    sample: int | None = Field(None, ge=1, description="cases of each category; all 3,641 cases if unset")
+
+
 class GateSettings(_Section):
     """What a model must exceed (accuracy) or stay under (latency) to be deployed."""
 
@@ -194,6 +200,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
             "load_concurrency": 0,
         },
         "gates": {"latency_p95_ms": 20_000},
+        "bfcl": {"sample": 2},
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
@@ -207,6 +214,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},
         "gates": {"latency_p95_ms": 5_000},
+        "bfcl": {"sample": 20},
     },
     "gpu": {
         "base_model": {"source": "unsloth/Llama-3.2-3B-Instruct", "load_in_4bit": True},
@@ -235,6 +243,7 @@ class Settings(BaseSettings):
     serving: ServingSettings = ServingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     gates: GateSettings = GateSettings()
+    bfcl: BfclSettings = BfclSettings()
     retrain: RetrainSettings = RetrainSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
     alerts: AlertSettings = AlertSettings()

@@ -4,6 +4,7 @@ import dagster as dg
 
 from taskagent_platform.defs.agent_smoke import agent_smoke
 from taskagent_platform.defs.base_model import base_model
+from taskagent_platform.defs.bfcl_report import bfcl_job, bfcl_report
 from taskagent_platform.defs.endpoint_sensor import endpoint_sensor
 from taskagent_platform.defs.eval_report import base_eval_report, eval_report, gate_checks
 from taskagent_platform.defs.failure_diagnosis import diagnose_job, failure_diagnosis, targeted_examples
@@ -43,6 +44,7 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             skill_package(domain),
             failure_diagnosis(domain),
             targeted_examples(domain),
+            bfcl_report(domain),
         ],
         asset_checks=[
             training_dataset_checks(domain),
@@ -50,7 +52,7 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             merged_model_checks(domain),
             gate_checks(domain),
         ],
-        jobs=[retrain_job(domain), diagnose_job(domain)],
+        jobs=[retrain_job(domain), diagnose_job(domain), bfcl_job(domain)],
         schedules=[nightly_retrain(domain)],
         sensors=[endpoint_sensor(domain)],
     )

@@ -92,7 +92,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
-                with _server(stage, stage.folder(BASE), model) as server:
+                with model_server(stage, stage.folder(BASE), model) as server:
                     measured = _measure(stage, server, suite, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)
@@ -212,7 +212,7 @@ def champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport |
 
 def _measure_champion(stage: Stage, champion: Deployment, suite: Suite) -> EvalReport:
     kept = read_manifest(champion.model_folder, kind=MERGED, verify=True)
-    with _server(stage, champion.model_folder, kept, any_settings=True) as server:
+    with model_server(stage, champion.model_folder, kept, any_settings=True) as server:
         measured = _measure(stage, server, suite, measure_latency=False)
     folder = champion_report_folder(stage.settings, stage.domain.name, champion.model_digest)
     with new_artifact(
@@ -235,7 +235,7 @@ def _evaluate_candidate(
     champion: EvalReport | None,
 ) -> Verdict:
     """Serves and measures the candidate; leaves its server running only if it may be deployed."""
-    with _server(stage, stage.folder(MERGED), model, keep=lambda: not verdict.refusals) as server:
+    with model_server(stage, stage.folder(MERGED), model, keep=lambda: not verdict.refusals) as server:
         measured = _measure(stage, server, suite, measure_latency=True)
         with new_artifact(stage.folder(), **made_from) as scratch:
             save_report(measured, scratch, stage.settings.gates, base=base, champion=champion)
@@ -244,7 +244,7 @@ def _evaluate_candidate(
 
 
 @contextmanager
-def _server(
+def model_server(
     stage: Stage,
     folder: Path,
     model: Manifest,

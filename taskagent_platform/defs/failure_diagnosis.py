@@ -17,7 +17,7 @@ from taskagent_platform.data.training_dataset import TRAIN_FILE
 from taskagent_platform.defs.figures import table
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
-from taskagent_platform.defs.retrain import ON_DEMAND, job_name
+from taskagent_platform.defs.retrain import job_name
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.diagnosis import diagnose, diagnosis_text, load_diagnosis, save_diagnosis
@@ -117,7 +117,7 @@ def diagnose_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
     """Builds the job that looks into the last evaluation and makes examples for the next run."""
     return dg.define_asset_job(
         diagnose_job_name(domain.name),
-        selection=dg.AssetSelection.assets(*(asset_key(domain, name) for name in ON_DEMAND)),
+        selection=dg.AssetSelection.assets(*(asset_key(domain, name) for name in (KIND, TARGETED))),
         description=f"Why the last model of {domain.name} failed, and examples of it for the next run.",
         tags={"domain": domain.name},
     )

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 _DEFAULT_DOMAIN: str = Settings.model_fields["domain"].default
-ON_DEMAND = ("failure_diagnosis", TARGETED)
-"""The assets that the main job leaves out: what they make is for the next run."""
+ON_DEMAND = ("failure_diagnosis", TARGETED, "bfcl_report")
+"""The assets that the main job leaves out: what they make is for the next run, or for a person."""
 RETRAIN_TAG = "taskagent/retrain"
 """A run's tag that names the domain it retrains; dagster.yaml lets one such run of each domain go at a time."""
 _RECENT = 5

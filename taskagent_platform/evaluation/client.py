@@ -69,13 +69,9 @@ def request_body(
 
     A test compares it with the SDK's, byte for byte: what is measured is what is served.
     """
-    return {
-        "model": model,
-        "messages": list(messages),
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "tools": list(tools),
-    }
+    body: dict[str, Any] = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0.0}
+    # A server refuses an empty list of tools.
+    return {**body, "tools": list(tools)} if tools else body
 
 
 def opening_messages(domain: Domain, case: Case) -> list[Message]:
