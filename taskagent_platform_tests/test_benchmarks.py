@@ -1,0 +1,73 @@
+"""The plumbing of the benchmarks, on a tiny model: the figures themselves are for people to look at."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskagent_platform.evaluation.answer import read_answer
+from taskagent_platform.settings import PROJECT_ROOT
+from taskagent_platform_tests.evaluation.light_server import LightServer
+from taskagent_platform_tests.serving.fake_server import serve
+
+PROGRAM = PROJECT_ROOT / "benchmarks" / "evaluation.py"
+CALL = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
+
+
+def load_program() -> Any:
+    spec = importlib.util.spec_from_file_location("evaluation_benchmark", PROGRAM)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "failed"),
+    [
+        (CALL, [("f", {"a": "é"})], 0),
+        (CALL + CALL, [("f", {"a": "é"})] * 2, 0),
+        (CALL + "<tool_call>oops</tool_call>", [], 2),
+        ("Which task?", [], 0),
+        ("<tool_call>[1]</tool_call>", [], 1),
+    ],
+)
+def test_a_generated_text_is_read_as_the_server_reads_it(text: str, calls: list[Any], failed: int) -> None:
+    message = load_program().read_message(text)
+    found = [
+        {"function": {"name": call.function.name, "arguments": call.function.arguments}}
+        for call in message.tool_calls or []
+    ]
+    answer = read_answer({"content": message.content, "tool_calls": found}, ["f", "g"])
+    assert [(call.name, call.arguments) for call in answer.calls] == calls
+    assert len(answer.failed_calls) == failed
+
+
+@pytest.mark.slow
+def test_both_contestants_are_asked_the_same_cases(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    server = LightServer({})
+    with serve(server.app) as url:
+        command = [sys.executable, str(PROGRAM), "--profile", "smoke", "--cases", "1", "--json", str(figures)]
+        done = subprocess.run(
+            [*command, "--base-url", f"{url}/v1"],
+            env={**os.environ, "TASKAGENT_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["generate"]["passed"].keys() == found["vllm"]["passed"].keys()
+    assert found["generate"]["cases"] == found["vllm"]["cases"] == 4
+    assert len(server.bodies) == 5, "one case to warm up, and each case once"
+    assert found["ratio"] == pytest.approx(found["vllm"]["cases_per_s"] / found["generate"]["cases_per_s"])
+    # The stand-in answers every case with a text, which is right where no tool is to be called.
+    assert sum(found["vllm"]["passed"].values()) == 1
+    assert "times as many cases a second" in done.stdout
