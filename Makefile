@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-.PHONY: help env demo test lint ui mlflow stop locks clean
+.PHONY: help env demo test bfcl mutants lint ui mlflow stop locks clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -27,6 +27,24 @@ demo: env ## turn the base model into a gated, served tool-calling model
 
 test: env ## run the tests; make test ARGS="-m slow" runs others
 	@$(BIN)/python -m pytest $(ARGS)
+
+bfcl: env ## compare the scorer with BFCL's own checker (BFCL gets an environment of its own)
+	@$(BIN)/python -m pytest -m slow taskagent_platform_tests/evaluation/test_bfcl_agreement.py $(ARGS)
+
+# mutmut lives in an environment of its own, which sees the packages of .venv behind its own. One process, to be kind
+# to the machine: it takes a while. It goes on where it was stopped; survivors are told about in the tests' folder.
+MUTMUT := $(or $(TASKAGENT_HOME),.taskagent)/cache/mutmut
+mutants: env ## mutate the scorer and list the mutants that its tests let live
+	@export PATH="$$PATH:$$PWD/.venv-uv/bin"; if [ ! -e $(MUTMUT)/.made ]; then \
+	  command -v uv >/dev/null || { echo "make mutants: uv is missing: pip install uv" >&2; exit 1; }; \
+	  uv venv --quiet --clear --python $(BIN)/python $(MUTMUT) && \
+	  uv pip install --quiet --python $(MUTMUT)/bin/python mutmut==3.8.1 && \
+	  $(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(MUTMUT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth" && \
+	  touch $(MUTMUT)/.made; \
+	fi
+	@OMP_NUM_THREADS=1 nice -n 19 $(MUTMUT)/bin/python -m mutmut run --max-children 1 $(ARGS)
+	@$(MUTMUT)/bin/python -m mutmut results
 
 lint: env ## check style and types
 	@$(BIN)/ruff check .
@@ -55,5 +73,5 @@ locks: ## compile requirements/*.txt from pyproject.toml (needs uv)
 	  --python-platform x86_64-unknown-linux-gnu -o requirements/gpu.txt
 
 clean: ## remove caches and build outputs (not .venv, not the data)
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist mutants
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,11 +21,12 @@ def _without_clients() -> None:
     The checker asks the first of them one thing: whether a dot in a function's name was sent as an underscore, as
     OpenAI's format wants it. Calls arrive as JSON here, so that nothing is left to parse.
     """
-    for name, content in {
+    stand_ins: dict[str, dict[str, Any]] = {
         "bfcl_eval.constants.model_config": {"MODEL_CONFIG_MAPPING": {MODEL: SimpleNamespace(underscore_to_dot=True)}},
         "bfcl_eval.model_handler.parser.java_parser": {"parse_java_function_call": None},
         "bfcl_eval.model_handler.parser.js_parser": {"parse_javascript_function_call": None},
-    }.items():
+    }
+    for name, content in stand_ins.items():
         module = ModuleType(name)
         module.__dict__.update(content)
         sys.modules[name] = module
