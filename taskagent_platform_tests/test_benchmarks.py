@@ -50,6 +50,7 @@ def test_a_generated_text_is_read_as_the_server_reads_it(text: str, calls: list[
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_both_contestants_are_asked_the_same_cases(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     server = LightServer({})
