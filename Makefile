@@ -32,9 +32,9 @@ bfcl: env ## compare the scorer with BFCL's own checker (BFCL gets an environmen
 	@$(BIN)/python -m pytest -m slow taskagent_platform_tests/evaluation/test_bfcl_agreement.py $(ARGS)
 
 # mutmut lives in an environment of its own, which sees the packages of .venv behind its own. One process, to be kind
-# to the machine: it takes a while. It goes on where it was stopped; survivors are told about in the tests' folder.
+# to the machine: it takes a while. It goes on where it was stopped; surviving_mutants.json says why those that live do no harm.
 MUTMUT := $(or $(TASKAGENT_HOME),.taskagent)/cache/mutmut
-mutants: env ## mutate the scorer and list the mutants that its tests let live
+mutants: env ## mutate the scorer and compare the mutants that its tests let live with the list
 	@export PATH="$$PATH:$$PWD/.venv-uv/bin"; if [ ! -e $(MUTMUT)/.made ]; then \
 	  command -v uv >/dev/null || { echo "make mutants: uv is missing: pip install uv" >&2; exit 1; }; \
 	  uv venv --quiet --clear --python $(BIN)/python $(MUTMUT) && \
@@ -44,7 +44,7 @@ mutants: env ## mutate the scorer and list the mutants that its tests let live
 	  touch $(MUTMUT)/.made; \
 	fi
 	@OMP_NUM_THREADS=1 nice -n 19 $(MUTMUT)/bin/python -m mutmut run --max-children 1 $(ARGS)
-	@$(MUTMUT)/bin/python -m mutmut results
+	@$(MUTMUT)/bin/python -m mutmut results | $(BIN)/python -m taskagent_platform_tests.evaluation.surviving_mutants
 
 lint: env ## check style and types
 	@$(BIN)/ruff check .
