@@ -26,7 +26,17 @@ PROCESS_TAG = "taskagent/process"
 FINGERPRINT_TAG = "taskagent/fingerprint"
 """A run's tag with the digest of all that decides its outcome."""
 _OBSERVE_EVERY_S = 2.0
-_WITHOUT_INFLUENCE = {"home", "ports", "domain", "more_domains", "retrain", "monitoring", "alerts", "mlflow_uri", "bfcl"}
+_WITHOUT_INFLUENCE = {
+    "home",
+    "ports",
+    "domain",
+    "more_domains",
+    "retrain",
+    "monitoring",
+    "alerts",
+    "mlflow_uri",
+    "bfcl",
+}
 
 
 @dataclass
