@@ -18,7 +18,10 @@ Room = Literal["hall", "kitchen", "garden"]
 ROOMS: tuple[Room, ...] = get_args(Room)
 _ON = ("switch on", "turn on", "light", "start")
 _OFF = ("switch off", "turn off", "stop", "darken")
-_LIST = ("list the lamps", "show the lamps", "which lamps are on", "show me what is on", "what is lit")
+_LIST = (
+    "list the lamps", "show the lamps", "which lamps are on", "show me what is on", "what is lit", "list what is on",
+    "show me the lamps", "which lamps are lit",
+)  # fmt: skip
 _REMOVE = ("remove", "delete", "take away")
 _PLACES = ("the {room} lamp", "the {room}", "{room}", "the lamp in the {room}")
 _ENDS = ("", " please", " now", " for me")

@@ -16,6 +16,17 @@ from taskagent_platform.training import template
 
 Emit = Callable[[dict[str, Any]], None]
 
+_TOKENIZER_FILES = {
+    template.TEMPLATE_NAME,
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+}
+
 
 def merge_adapter(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     """Merges as :func:`taskagent_platform.training.merge.merge` describes; returns the details.
@@ -37,8 +48,10 @@ def merge_adapter(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
     merged.generation_config = GenerationConfig.from_pretrained(base_folder)
     merged.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    shutil.copyfile(base_folder / template.TEMPLATE_NAME, target / template.TEMPLATE_NAME)
+    # The very files that training read: saved again, a tokenizer's settings may come out otherwise.
+    for file in base_folder.iterdir():
+        if file.name in _TOKENIZER_FILES:
+            shutil.copyfile(file, target / file.name)
     emit({"stage": "check"})
     # What is checked is what was written, read as a server reads it.
     saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
