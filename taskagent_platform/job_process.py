@@ -120,21 +120,34 @@ def start_job(
 
 def _end(running: JobProcess, settings: Settings, say: Callable[[str], None]) -> None:
     process = running.process
-    if process.poll() is None:
-        say("Stopping the run; its processes are being ended …")
-        process.send_signal(signal.SIGINT)
-        # Asked again while it is busy with that, the user means at once.
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+    # Asked again while it is busy with that, the user means at once.
+    with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+        if process.poll() is None:
+            say("Stopping the run; its processes are being ended …")
+            process.send_signal(signal.SIGINT)
             process.wait(_PATIENCE_S)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    # They lead groups of their own and would end by themselves in a while; whoever waits here wants them gone now.
-    for record_file in (settings.home / settings.profile).glob("*/servers/*.json"):
-        server = read_server(record_file)
-        if server is not None and not server.detached and server.owner_pid == process.pid:
-            stop_server(server)
-    running.close()
+    # Asked a third time, it would leave processes behind.
+    with _deaf():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # They lead groups of their own and would end by themselves in a while; whoever waits here wants them gone now.
+        for record_file in (settings.home / settings.profile).glob("*/servers/*.json"):
+            server = read_server(record_file)
+            if server is not None and not server.detached and server.owner_pid == process.pid:
+                stop_server(server)
+        running.close()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Lets no signal but SIGKILL end this process in the block, which is short."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, *_SIGNALS)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager
