@@ -176,10 +176,11 @@ class ExampleWriter(ABC):
     def with_clauses(cls, template: Template, rng: random.Random) -> Template:
         """Returns a request for one call, sometimes with one or two more attributes from its tool's clauses."""
         calls = template.calls
-        if len(calls) != 1 or len(template.turns) != 1 or not (cls.phrasings / _clauses_of(calls[0].tool)).exists():
+        clauses = f"clauses_{calls[0].tool}" if len(calls) == 1 and len(template.turns) == 1 else ""
+        if not clauses or not (cls.phrasings / f"{clauses}.txt").exists():
             return template
         for letter in "xy"[: rng.choices((0, 1, 2), _SHARES_OF_CLAUSES)[0]]:
-            template = _with_clause(template, rng.choice(cls.templates(f"clauses_{calls[0].tool}")), letter)
+            template = _with_clause(template, rng.choice(cls.templates(clauses)), letter)
         return template
 
     @abstractmethod
@@ -449,10 +450,6 @@ def _join(parts: Sequence[Template], rng: random.Random) -> Template:
         calls.append(CallTemplate(call.tool, arguments))
     joined = Turn(tuple(request), (tuple(calls),))
     return Template((joined,), "+".join(f"{part.file}:{part.line}" for part in parts), 0)
-
-
-def _clauses_of(tool: str) -> str:
-    return f"clauses_{tool}.txt"
 
 
 def _with_clause(template: Template, clause: Template, letter: str) -> Template:

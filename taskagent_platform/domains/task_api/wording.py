@@ -324,10 +324,9 @@ class Wording:
             "in 20 minutes": ("in twenty minutes", "in 20 min", "in 20 mins"),
         }
         text = self.rng.choice((word, word, *others.get(word, ())))
-        day = "today" if moment.date() == self.now.date() else "tomorrow"
         # The line ends in the word for the day, whose own line gives the date.
-        note = f"{word} {written_soon(moment, self.now)}".removesuffix(day) + self._line(day)
-        return Filled(text, minute(moment), note=note)
+        clock, day = written_soon(moment, self.now).split()
+        return Filled(text, minute(moment), note=f"{word} {clock} {self._line(day)}")
 
     def _moment(self) -> Filled:
         """Draws a moment as a whole adverbial."""
