@@ -71,8 +71,17 @@ class TrainingSettings(_Section):
     pack_examples: int = Field(16, ge=1, description="examples in one prefix-shared pack")
     log_every: int = Field(25, ge=1, description="steps between logged losses")
     save_every: int = Field(100, ge=1, description="steps between checkpoints and evaluations")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="`auto` is bfloat16 where the processor multiplies it natively, else float32"
+    )
     backend: Literal["trl", "unsloth"] = "trl"
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _is_decided(cls, name: Any) -> Any:
+        if name != "auto":
+            return name
+        return "bfloat16" if has_native_bfloat16() else "float32"
 
 
 class ServingSettings(_Section):
@@ -208,7 +217,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 16,
-            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 40,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
         "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
@@ -277,6 +286,19 @@ def detect_profile() -> ProfileName:
         return "cpu"
     found = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False)
     return "gpu" if found.returncode == 0 and found.stdout.strip() else "cpu"
+
+
+def has_native_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tells whether the processor multiplies bfloat16 itself; elsewhere it is emulated, slower than float32.
+
+    Args:
+        cpuinfo: Linux's description of the processors; without one the answer is no.
+    """
+    if not cpuinfo.exists():
+        return False
+    names = ("flags", "Features")  # x86, Arm
+    listed = {flag for line in cpuinfo.read_text().splitlines() if line.startswith(names) for flag in line.split()}
+    return not listed.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def load_settings(**overrides: Any) -> Settings:

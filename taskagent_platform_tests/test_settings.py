@@ -5,7 +5,7 @@ import pytest
 
 from taskagent_platform import settings as module
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.settings import detect_profile, load_settings
+from taskagent_platform.settings import detect_profile, has_native_bfloat16, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,32 @@ def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> Non
     (home / "settings.yaml").write_text(written)
     with pytest.raises(PlatformError, match=complaint):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "native"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sse2\n", True),
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nmodel name\t: avx512_bf16\n", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_is_native_where_the_processor_lists_it(tmp_path: Path, cpuinfo: str | None, native: bool) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(cpuinfo)
+    assert has_native_bfloat16(file) is native
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_cpu_profile_trains_in_the_fastest_precision(
+    native: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_native_bfloat16", lambda: native)
+    assert load_settings(profile="cpu").training.dtype == dtype
+    assert load_settings(profile="cpu", training={"dtype": "float16"}).training.dtype == "float16"
 
 
 def test_the_gpu_profile_is_chosen_where_the_driver_lists_a_card(

@@ -1,8 +1,9 @@
-"""LoRA, norm and activation of a Llama with fewer passes over memory; the same function, for exact float32 training.
+"""LoRA, norm and activation of a Llama with fewer passes over memory; in float32 exactly the same function.
 
 On a CPU a step is bound by matrix products and, for the rest, by memory. PEFT's LoRA layer writes its own product, a
 scaled copy and the sum; here both products accumulate in place into the base layer's output. RMSNorm and the gated
-activation keep what their backward pass needs and nothing else.
+activation keep what their backward pass needs and nothing else. A base model in bfloat16 is computed in bfloat16, with
+float32 where a norm sums and for the adapter's weights and gradients.
 """
 
 from types import MethodType
@@ -20,6 +21,7 @@ class _LoraProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        a, b = a.to(x.dtype), b.to(x.dtype)
         inner = rows @ a.T
         output = rows @ weight.T
         output.addmm_(inner, b.T, alpha=scale)
@@ -32,8 +34,8 @@ class _LoraProduct(torch.autograd.Function):
         rows, weight, a, b, inner = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         grad_inner = (grad @ b).mul_(ctx.scale)
-        grad_b = (grad.T @ inner).mul_(ctx.scale)
-        grad_a = grad_inner.T @ rows
+        grad_b = (grad.T @ inner).float().mul_(ctx.scale)
+        grad_a = (grad_inner.T @ rows).float()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight
@@ -47,16 +49,17 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (x * inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad = grads[0] * weight
-        shift = torch.linalg.vecdot(grad, x).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
-        return grad.mul_(inverse).addcmul_(x, shift, value=-1), None, None
+        grad = grads[0].float() * weight
+        shift = torch.linalg.vecdot(grad, x.float()).unsqueeze(-1).mul_(inverse.pow(3)).div_(x.shape[-1])
+        return grad.mul_(inverse).addcmul_(x.float(), shift, value=-1).to(x.dtype), None, None
 
 
 class _GatedSilu(torch.autograd.Function):
@@ -78,7 +81,7 @@ class _GatedSilu(torch.autograd.Function):
 def fuse(model: torch.nn.Module) -> int:
     """Gives a PEFT model's LoRA layers, norms and feed-forward blocks the leaner forward; returns how many it changed.
 
-    Layers that are not plain float32 LoRA without dropout keep their own.
+    Layers that are not plain LoRA without dropout, with the adapter in float32, keep their own.
     """
     changed = 0
     for module in model.modules():
@@ -106,7 +109,7 @@ def _plain(layer: LoraLinear) -> bool:
         and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
         and not base.weight.requires_grad
-        and base.weight.dtype == layer.lora_A[name].weight.dtype == torch.float32
+        and layer.lora_A[name].weight.dtype == torch.float32
     )
 
 

@@ -189,7 +189,8 @@ def training_arguments(
         "max_grad_norm": chosen["max_grad_norm"],
         "optim": chosen["optimizer"],
         "adam_beta2": chosen["adam_beta2"],
-        "bf16": chosen["dtype"] == "bfloat16",
+        # On a CPU the base model is held in this precision and the adapter in float32; nothing is cast on the way.
+        "bf16": on_gpu and chosen["dtype"] == "bfloat16",
         "fp16": chosen["dtype"] == "float16",
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu,

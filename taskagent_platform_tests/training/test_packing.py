@@ -17,6 +17,8 @@ from taskagent_platform_tests.training import conversations
 from taskagent_platform_tests.training.conversations import KINDS, TOOLS
 
 LENGTH_LIMIT = 384
+BFLOAT16_COSINE = 0.99
+"""Least cosine of an adapter's gradient with the exact one: bfloat16 keeps 8 bits of every product and sum."""
 
 
 def rendered(ids: list[int], learned: int) -> Rendered:
@@ -231,6 +233,22 @@ def test_fused_layers_are_the_same_function(base_folder: Any, model: Any, exampl
     torch.testing.assert_close(got_loss, expected_loss, rtol=1e-5, atol=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+@batches
+def test_a_base_in_bfloat16_keeps_the_adapters_gradients(model: Any, examples: list[Rendered]) -> None:
+    import copy
+
+    exact, rounded = copy.deepcopy(model), copy.deepcopy(model)
+    for name, weights in rounded.named_parameters():
+        if "lora_" not in name:
+            weights.data = weights.data.to(torch.bfloat16)
+    assert fuse(exact) == fuse(rounded) > 0
+    expected = gradients(exact, packed_loss(exact, [pack(examples)]))
+    got = gradients(rounded, packed_loss(rounded, [pack(examples)]))
+    for name, gradient in expected.items():
+        assert got[name].dtype == torch.float32
+        assert torch.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0) > BFLOAT16_COSINE, name
 
 
 def test_a_pack_of_packs_keeps_everything() -> None:
