@@ -50,6 +50,7 @@ def bfcl_report(domain: Domain) -> dg.AssetsDefinition:
         "Berkeley Function Calling Leaderboard, judged by its own checker from its own package. "
         "It gates nothing: it shows what a narrow fine-tuning costs in generality.",
         code=_CODE,
+        on_demand=True,
     )
 
     @domain_asset(domain, options)

@@ -29,7 +29,7 @@ def stage_names(domain: Domain) -> tuple[str, ...]:
 
 
 def domain_definitions(domain: Domain) -> dg.Definitions:
-    """Builds everything that Dagster knows of a domain; asset keys begin with its name, which is the group too."""
+    """Builds everything that Dagster knows of a domain; asset keys begin with its name, and so do its groups."""
     return dg.Definitions(
         assets=[
             *(source_dataset(domain, source) for source in domain.sources),

@@ -40,6 +40,7 @@ def failure_diagnosis(domain: Domain) -> dg.AssetsDefinition:
         description="Which tools, arguments, lengths of chains and slices fail significantly more than the rest, how "
         "many training examples of each there are, and what to add.",
         code=("evaluation", "data"),
+        on_demand=True,
     )
 
     @domain_asset(domain, options)
@@ -86,6 +87,7 @@ def targeted_examples(domain: Domain) -> dg.AssetsDefinition:
         description="Examples of what the diagnosis asks for, made by the domain's generators, verified and executed; "
         "beside those of earlier rounds. The next training dataset takes them in.",
         code=("data", "domains"),
+        on_demand=True,
     )
 
     @domain_asset(domain, options)

@@ -26,6 +26,8 @@ class AssetOptions(NamedTuple):
         description: Markdown, shown in the catalogue.
         code: the sub-packages that decide what it is, for Dagster's staleness marks.
         pool: ``GPU_POOL`` where it computes on the accelerator; None for the others.
+        on_demand: whether it looks into a model or is for the next run; a group of its own keeps it out of the main
+            job, and out of what "Materialize all" makes in the domain's group.
     """
 
     name: str
@@ -34,6 +36,7 @@ class AssetOptions(NamedTuple):
     description: str
     code: tuple[str, ...]
     pool: str | None = None
+    on_demand: bool = False
 
 
 def domain_asset(
@@ -42,14 +45,14 @@ def domain_asset(
     """Returns the decorator that makes a function one of a domain's assets.
 
     Args:
-        domain: whose asset; the prefix of its key, and its group.
+        domain: whose asset; its name is the prefix of the key, and the group.
         options: what it declares.
         check_specs: checks that the function itself evaluates.
     """
     return dg.asset(
         key=asset_key(domain, options.name),
         deps=[asset_key(domain, dep) for dep in options.deps],
-        group_name=domain.name,
+        group_name=f"{domain.name}_on_demand" if options.on_demand else domain.name,
         kinds=options.kinds,
         owners=[OWNER],
         tags={"domain": domain.name},

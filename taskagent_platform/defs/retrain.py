@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import dagster as dg
 from dagster._utils.schedules import is_valid_cron_schedule
 
-from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.defs.check_evaluations import failed_checks
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
 from taskagent_platform.domains.base import Domain
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 _DEFAULT_DOMAIN: str = Settings.model_fields["domain"].default
-ON_DEMAND = ("failure_diagnosis", TARGETED, "bfcl_report")
-"""The assets that the main job leaves out: what they make is for the next run, or for a person."""
 RETRAIN_TAG = "taskagent/retrain"
 """A run's tag that names the domain it retrains; dagster.yaml lets one such run of each domain go at a time."""
 _RECENT = 5
@@ -31,12 +28,11 @@ def job_name(domain: str) -> str:
 def retrain_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
     """Builds the job. It holds every check: a blocking check holds only inside the run it is in.
 
-    It holds every asset but those that look into an evaluation on demand: what they add is for the next run.
+    It holds every asset but those made on demand: what they add is for the next run, or for a person.
     """
-    on_demand = [dg.AssetKey([domain.name, name]) for name in ON_DEMAND]
     return dg.define_asset_job(
         job_name(domain.name),
-        selection=dg.AssetSelection.groups(domain.name) - dg.AssetSelection.assets(*on_demand),
+        selection=dg.AssetSelection.groups(domain.name),
         description=f"From source data to a served, gated model of {domain.name}, in one run.",
         tags={"domain": domain.name, RETRAIN_TAG: domain.name},
     )
