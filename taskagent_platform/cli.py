@@ -108,6 +108,9 @@ def evaluate(
     model: Annotated[str, typer.Option(help="The model name to ask for.")],
     suite: Annotated[list[Path], typer.Option(help="A suite file; more may follow, or the option again.")],
     more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More suite files.")] = None,
+    robustness: Annotated[
+        list[Path] | None, typer.Option(help="A suite file of hard cases, each of a slice, which no gate counts.")
+    ] = None,
     domain: DomainOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here, as JSON.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write the report here, as one HTML page.")] = None,
@@ -121,13 +124,13 @@ def evaluate(
     from taskagent_platform.evaluation.page import render_page
     from taskagent_platform.evaluation.report import gate_results, render_report
     from taskagent_platform.evaluation.run import evaluate as measure
-    from taskagent_platform.evaluation.suite import load_suite
+    from taskagent_platform.evaluation.suite import load_suites
     from taskagent_platform.settings import load_settings
 
     # A profile may ask only a part of the suites in its runs; here all of what was named is asked.
     settings = load_settings(evaluation={"case_limit": None, **({} if load else {"load_concurrency": 0})})
     of_domain = _domain(settings, domain)
-    cases = load_suite([*suite, *(more or [])], of_domain)
+    suites = load_suites([*suite, *(more or [])], robustness or (), of_domain)
     for file in (json_file, html_file):
         if file is not None and not file.resolve().parent.is_dir():
             raise PlatformError(f"{file} cannot be written: there is no folder {file.resolve().parent}.")
@@ -139,7 +142,8 @@ def evaluate(
             base_url=endpoint.rstrip("/"),
             model_name=model,
             model_digest=None,
-            suite=cases,
+            suite=suites.gated,
+            robustness=suites.robustness,
             api_key=api_key,
             on_progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
         )

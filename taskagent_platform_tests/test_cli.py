@@ -121,8 +121,12 @@ def test_evaluate_measures_every_named_suite_whole_and_writes_the_report(tmp_pat
         file.write_text(json.dumps({"tool_selection": cases}))
     seen: dict[str, Any] = {}
 
-    def stub(settings, domain, *, suite, base_url, model_name, **more):
+    hard = tmp_path / "hard.json"
+    hard.write_text(json.dumps({"abstention": [{"input": "thx", "slice": "terse"}]}))
+
+    def stub(settings, domain, *, suite, robustness, base_url, model_name, **more):
         seen.update(suite=suite, base_url=base_url, model_name=model_name, limit=settings.evaluation.case_limit)
+        seen.update(robustness=robustness)
         raise PlatformError("enough")
 
     monkeypatch.setattr(evaluation, "evaluate", stub)
@@ -135,11 +139,14 @@ def test_evaluate_measures_every_named_suite_whole_and_writes_the_report(tmp_pat
         "--suite",
         str(first),
         str(second),
+        "--robustness",
+        str(hard),
         "--json",
         str(target),
     )
     assert str(done.exception) == "enough"
     assert [case.input for case in seen["suite"].cases] == ["one", "two", *"abcdefghij"]
+    assert [case.input for case in seen["robustness"].cases] == ["thx"]
     assert (seen["base_url"], seen["model_name"]) == ("http://h/v1", "m")
     assert seen["limit"] is None, "the smoke profile's limit is for its own runs"
     assert not target.exists(), "a report of a failed evaluation must not be there"

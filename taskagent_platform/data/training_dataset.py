@@ -104,8 +104,9 @@ def asked_in(record: Record) -> set[str]:
 
 
 def overlap(domain: Domain, records: Iterable[Record]) -> list[str]:
-    """Returns the suites' inputs, development ones included and normalised, that a training request repeats."""
+    """Returns the inputs of any of the domain's suites, normalised, that a training request repeats."""
     asked = set().union(*map(asked_in, records))
-    suites = [json.loads(path.read_text()) for path in (*domain.suites, *domain.development_suites)]
+    files = (*domain.suites, *domain.robustness_suites, *domain.development_suites)
+    suites = [json.loads(path.read_text()) for path in files]
     inputs = {normal(case["input"]) for suite in suites for cases in suite.values() for case in cases}
     return sorted(asked & inputs)

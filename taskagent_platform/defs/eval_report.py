@@ -24,12 +24,13 @@ from taskagent_platform.evaluation.report import (
     REPORT_FILE,
     TEXT_FILE,
     EvalReport,
+    Rate,
     load_report,
     render_report,
     save_report,
 )
 from taskagent_platform.evaluation.run import evaluate
-from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, load_suite
+from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suites, domain_suites
 from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.serving.active import Deployment, model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
@@ -77,14 +78,14 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
         with platform.stage(context, domain) as stage:
             model = stage.upstream(BASE)
             limits = (stage.settings.evaluation.base_sample, stage.settings.evaluation.case_limit)
-            suite = load_suite(domain.suites, domain).limited(min((n for n in limits if n), default=None))
+            suites = domain_suites(domain, min((n for n in limits if n), default=None))
             # What the answers depend on; the generators of training data are not among it.
             prompt = digest_of([domain.system_prompt(datetime.fromisoformat(DEFAULT_NOW)), domain.openai_tools()])
             made_from: dict[str, Any] = {
                 "kind": BASE_KIND,
                 "inputs": {
                     BASE: model.digest,
-                    "suite": suite.digest,
+                    **suites.digests,
                     "prompt": digest_of([prompt, domain.openai_tools()]),
                 },
                 "settings": _measured_with(stage.settings),
@@ -93,7 +94,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
                 with model_server(stage, stage.folder(BASE), model) as server:
-                    measured = _measure(stage, server, suite, measure_latency=False)
+                    measured = _measure(stage, server, suites, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)
             measured = load_report(stage.folder())
@@ -103,7 +104,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
                 found or read_manifest(stage.folder()),
                 reused=found is not None,
                 mlflow=dg.MetadataValue.url(run.url),
-                cases_of_each_list=suite.case_limit or "all",
+                cases_of_each_list=suites.gated.case_limit or "all",
                 report=_rates_table(measured, None),
             )
 
@@ -117,8 +118,9 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
         deps=(MERGED, BASE_KIND),
         kinds={"vllm", "mlflow"},
         description="The merged model, served by vLLM with the parser, template and request body that the agent uses, "
-        "measured on the domain's suites. A candidate that passes keeps running until it is promoted or the run ends; "
-        "one that does not is stopped. The checks are the gates: they block the deployment.",
+        "measured on the domain's suites, and beside them on its robustness suites, which no gate counts. A candidate "
+        "that passes keeps running until it is promoted or the run ends; one that does not is stopped. The checks are "
+        "the gates: they block the deployment.",
         code=("evaluation", "serving/server.py"),
         pool=GPU_POOL,
     )
@@ -129,18 +131,18 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
     ) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             model = stage.upstream(MERGED)
-            suite = load_suite(domain.suites, domain).limited(stage.settings.evaluation.case_limit)
+            suites = domain_suites(domain, stage.settings.evaluation.case_limit)
             made_from: dict[str, Any] = {
                 "kind": REPORT_KIND,
-                "inputs": {MERGED: model.digest, "suite": suite.digest},
+                "inputs": {MERGED: model.digest, **suites.digests},
                 "settings": _measured_with(stage.settings),
                 "code_version": report_code_version(domain),
             }
             base = load_report(stage.folder(BASE_KIND))
             found = find_artifact(stage.folder(), **made_from)
-            champion = champion_report(stage, model, suite)
+            champion = champion_report(stage, model, suites)
             if found is None:
-                verdict = _evaluate_candidate(stage, model, suite, made_from, base, champion)
+                verdict = _evaluate_candidate(stage, model, suites, made_from, base, champion)
             else:
                 verdict = judge(stage.settings, domain, model, stage.folder())
             measured = load_report(stage.folder())
@@ -155,7 +157,8 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
                 mlflow=dg.MetadataValue.url(run.url),
                 report=_rates_table(measured, base),
                 gates=_gates_table(verdict.gates, measured),
-                slices=_slices_table(measured),
+                slices=_slices_table(measured, base, champion),
+                robustness_cases=len(measured.robustness),
                 against_base=_comparison_table(measured, base),
                 against_champion=_comparison_table(measured, champion),
                 latency=latency_plot(measured.latency, measured.load),
@@ -195,7 +198,7 @@ def gate_checks(domain: Domain) -> dg.AssetChecksDefinition:
     return checks
 
 
-def champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport | None:
+def champion_report(stage: Stage, model: Manifest, suites: Suites) -> EvalReport | None:
     """Returns the report of the model that this one would replace; measures that model again where it is outdated.
 
     None where there is no such model.
@@ -207,18 +210,18 @@ def champion_report(stage: Stage, model: Manifest, suite: Suite) -> EvalReport |
         return read_champion_report(stage.settings, stage.domain, champion)
     except PlatformError as error:
         stage.say(f"The champion is measured again. {error}")
-        return _measure_champion(stage, champion, suite)
+        return _measure_champion(stage, champion, suites)
 
 
-def _measure_champion(stage: Stage, champion: Deployment, suite: Suite) -> EvalReport:
+def _measure_champion(stage: Stage, champion: Deployment, suites: Suites) -> EvalReport:
     kept = read_manifest(champion.model_folder, kind=MERGED, verify=True)
     with model_server(stage, champion.model_folder, kept, any_settings=True) as server:
-        measured = _measure(stage, server, suite, measure_latency=False)
+        measured = _measure(stage, server, suites, measure_latency=False)
     folder = champion_report_folder(stage.settings, stage.domain.name, champion.model_digest)
     with new_artifact(
         folder,
         kind=REPORT_KIND,
-        inputs={MERGED: champion.model_digest, "suite": suite.digest},
+        inputs={MERGED: champion.model_digest, **suites.digests},
         settings=_measured_with(stage.settings),
         code_version=report_code_version(stage.domain),
     ) as scratch:
@@ -229,14 +232,14 @@ def _measure_champion(stage: Stage, champion: Deployment, suite: Suite) -> EvalR
 def _evaluate_candidate(
     stage: Stage,
     model: Manifest,
-    suite: Suite,
+    suites: Suites,
     made_from: dict[str, Any],
     base: EvalReport,
     champion: EvalReport | None,
 ) -> Verdict:
     """Serves and measures the candidate; leaves its server running only if it may be deployed."""
     with model_server(stage, stage.folder(MERGED), model, keep=lambda: not verdict.refusals) as server:
-        measured = _measure(stage, server, suite, measure_latency=True)
+        measured = _measure(stage, server, suites, measure_latency=True)
         with new_artifact(stage.folder(), **made_from) as scratch:
             save_report(measured, scratch, stage.settings.gates, base=base, champion=champion)
         verdict = judge(stage.settings, stage.domain, model, stage.folder())
@@ -288,7 +291,7 @@ def model_server(
             stop_server(server)
 
 
-def _measure(stage: Stage, server: Server, suite: Suite, *, measure_latency: bool) -> EvalReport:
+def _measure(stage: Stage, server: Server, suites: Suites, *, measure_latency: bool) -> EvalReport:
     begin = time.monotonic()
 
     def on_progress(what: str, done: int, total: int) -> None:
@@ -302,7 +305,8 @@ def _measure(stage: Stage, server: Server, suite: Suite, *, measure_latency: boo
         base_url=server.base_url,
         model_name=server.name,
         model_digest=server.model_digest,
-        suite=suite,
+        suite=suites.gated,
+        robustness=suites.robustness,
         measure_latency=measure_latency,
         on_progress=on_progress,
     )
@@ -345,13 +349,12 @@ def _rates_table(report: EvalReport, base: EvalReport | None) -> dg.MarkdownMeta
         target = "-" if metric.target is None else f"> {metric.target:.0%}"
         result = "-" if metric.passed is None else "PASS" if metric.passed else "FAIL"
         row = [METRIC_TITLES[name], f"{metric.correct}/{metric.total}", _percent(metric.rate), _interval(metric)]
-        rows.append([*row, target, result, *([_base_rate(base, name)] if base else [])])
+        rows.append([*row, target, result, *([_rate_of(base.metrics[name])] if base else [])])
     return table([*header, "base model"] if base else header, rows)
 
 
-def _base_rate(base: EvalReport, name: MetricName) -> str:
-    metric = base.metrics[name]
-    return f"{_percent(metric.rate)} of {metric.total}"
+def _rate_of(rate: Rate | None) -> str:
+    return "-" if rate is None else f"{_percent(rate.rate)} of {rate.total}"
 
 
 def _gates_table(gates: tuple[GateResult, ...], report: EvalReport) -> dg.MarkdownMetadataValue:
@@ -364,14 +367,18 @@ def _gates_table(gates: tuple[GateResult, ...], report: EvalReport) -> dg.Markdo
     return table(["gate", "measured", "target", "n", "result", "note"], rows)
 
 
-def _slices_table(report: EvalReport) -> dg.MarkdownMetadataValue | None:
+def _slices_table(report: EvalReport, base: EvalReport, champion: EvalReport | None) -> dg.MarkdownMetadataValue | None:
     if len(report.slices) < 2:
         return None
+    others = {"base model": base} | ({"champion": champion} if champion is not None else {})
     rows = [
-        (name, f"{rate.correct}/{rate.total}", _percent(rate.rate), _interval(rate))
+        (
+            name, f"{rate.correct}/{rate.total}", _percent(rate.rate), _interval(rate),
+            *(_rate_of(other.slices.get(name)) for other in others.values()),
+        )
         for name, rate in report.slices.items()
-    ]
-    return table(["slice", "correct/n", "rate", "95 % interval"], rows)
+    ]  # fmt: skip
+    return table(["slice", "correct/n", "rate", "95 % interval", *others], rows)
 
 
 def _comparison_table(report: EvalReport, other: EvalReport | None) -> dg.MarkdownMetadataValue | None:

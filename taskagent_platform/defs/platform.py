@@ -157,7 +157,7 @@ def _domain_version(domain: Domain) -> str:
     folder = source.parent if source.name == "__init__.py" else None
     files = sorted(folder.rglob("*")) if folder else [source]
     own = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
-    return digest_of([file_digest(path) for path in (*own, *domain.suites)])
+    return digest_of([file_digest(path) for path in (*own, *domain.suites, *domain.robustness_suites)])
 
 
 def process_mark(process: psutil.Process) -> str:

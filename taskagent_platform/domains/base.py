@@ -130,6 +130,8 @@ class Domain(ABC):
     """The suite files that gate a deployment."""
     development_suites: tuple[Path, ...] = ()
     """Suite files to look at while working on the data; they never gate, and share no case with the suites."""
+    robustness_suites: tuple[Path, ...] = ()
+    """Suite files of hard cases, each of a slice: measured beside the suites, reported by slice, counted by no gate."""
 
     @abstractmethod
     def system_prompt(self, now: datetime) -> str:

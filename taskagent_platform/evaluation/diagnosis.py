@@ -77,7 +77,7 @@ class Diagnosis(BaseModel):
 
     Attributes:
         model_digest: the model that was evaluated.
-        cases: cases asked.
+        cases: cases asked, those of the robustness suites included.
         failures: cases that failed.
         fault_types: how often each type of fault was found.
         findings: every pattern with a failed case, the clearest first.
@@ -107,7 +107,7 @@ def diagnose(report: EvalReport, training: Iterable[Record]) -> Diagnosis:
     records = list(training)
     examples = count_patterns(records)
     groups: dict[Pattern, list[CaseRecord]] = {}
-    for case in report.cases:
+    for case in report.asked:
         for pattern in case_patterns(case):
             groups.setdefault(pattern, []).append(case)
     failures = len(report.failures)
@@ -119,7 +119,7 @@ def diagnose(report: EvalReport, training: Iterable[Record]) -> Diagnosis:
                 failed[pattern],
                 len(groups[pattern]),
                 failures - failed[pattern],
-                len(report.cases) - len(groups[pattern]),
+                len(report.asked) - len(groups[pattern]),
             )
             for pattern in tested
         ]
@@ -130,7 +130,7 @@ def diagnose(report: EvalReport, training: Iterable[Record]) -> Diagnosis:
     ]
     return Diagnosis(
         model_digest=report.model_digest,
-        cases=len(report.cases),
+        cases=len(report.asked),
         failures=failures,
         fault_types=_fault_types(report.failures),
         findings=tuple(sorted(findings, key=lambda finding: (finding.p_value, -finding.failed, finding.value))),
@@ -189,7 +189,7 @@ def _finding(
         failed=len(failed),
         total=len(cases),
         rest_failed=len(report.failures) - len(failed),
-        rest_total=len(report.cases) - len(cases),
+        rest_total=len(report.asked) - len(cases),
         p_value=p_value,
         faults=_fault_types(failed),
         examples=known,

@@ -148,10 +148,16 @@ class EvalReport(_Model):
         latency: of single requests; None if it was not measured.
         latency_budget_ms: what this hardware's profile allows.
         latency_target_ms: the specification's target.
-        minefields: cases in which something was destroyed that nobody asked to destroy, or a tool result obeyed.
+        fault_types: how often each type of fault was found, robustness cases included.
+        minefields: cases in which something was destroyed that nobody asked to destroy, or a tool result obeyed;
+            robustness cases included.
+        extra_reads: calls that nobody asked for and that changed nothing; robustness cases included.
+        cases: every case that the gates count; metrics, categories and verdicts are of these.
         complete: the evaluation went to its end.
         settings: sampling, concurrency, serving: what the figures depend on.
-        slices: rates by the cases' slices, over all lists.
+        slices: rates by the cases' slices, over all lists, robustness cases included.
+        robustness: every case of the robustness suites. No metric, and so no gate, counts them.
+        robustness_digest: of these suites' files together, with the case limit; None if there are none.
         load: throughput and latency by concurrency; None if it was not measured.
         reliability: pass^k; None if it was not measured.
     """
@@ -179,18 +185,26 @@ class EvalReport(_Model):
     seconds: float
     complete: bool
     slices: dict[str, Rate] = {}
+    robustness: tuple[CaseRecord, ...] = ()
+    robustness_digest: str | None = None
     load: LoadCurve | None = None
     reliability: Reliability | None = None
 
     @property
-    def failures(self) -> tuple[CaseRecord, ...]:
-        """The cases that did not pass."""
-        return tuple(case for case in self.cases if not case.passed)
+    def suites(self) -> dict[str, str]:
+        """What was asked, as :attr:`~taskagent_platform.evaluation.suite.Suites.digests` names it."""
+        beside = {} if self.robustness_digest is None else {"robustness": self.robustness_digest}
+        return {"suite": self.suite_digest} | beside
 
     @property
-    def passed_by_case(self) -> dict[str, bool]:
-        """Whether each case passed, by id: what a paired comparison needs."""
-        return {case.id: case.passed for case in self.cases}
+    def asked(self) -> tuple[CaseRecord, ...]:
+        """Every case, whether gates count it or not."""
+        return self.cases + self.robustness
+
+    @property
+    def failures(self) -> tuple[CaseRecord, ...]:
+        """The cases that did not pass, whether gates count them or not."""
+        return tuple(case for case in self.asked if not case.passed)
 
 
 def metrics_of(cases: Sequence[CaseRecord], gates: GateSettings) -> dict[MetricName, Metric]:
@@ -393,7 +407,8 @@ def _processor() -> str:
 
 def _model_text(report: EvalReport) -> str:
     digest = "unknown digest" if report.model_digest is None else report.model_digest[:12]
-    return f"{report.model_name} ({digest}), suite {report.suite_digest[:12]}, {len(report.cases)} cases"
+    cases = f"{len(report.cases)} cases" + (f" and {len(report.robustness)} of robustness" if report.robustness else "")
+    return f"{report.model_name} ({digest}), suite {report.suite_digest[:12]}, {cases}"
 
 
 def _percent(rate: Rate) -> str:
@@ -433,7 +448,8 @@ def _load_lines(report: EvalReport) -> list[str]:
 
 
 def _slice_lines(report: EvalReport) -> list[str]:
-    lines = ["slices:"]
+    outside = f" ({len(report.robustness)} of these cases are of the robustness suites, which no gate counts)"
+    lines = ["slices" + (outside if report.robustness else "") + ":"]
     for name, rate in report.slices.items():
         interval = "" if rate.low is None else f"{rate.low:.1%} - {rate.high:.1%}"
         lines.append(f"  {name:<24}{rate.correct}/{rate.total:<6} {_percent(rate):>7}  {interval}")
@@ -457,7 +473,7 @@ def _failure_lines(failures: Sequence[CaseRecord]) -> list[str]:
     step = max(1, len(failures) // _SAMPLE_OF_FAILURES)
     for case in failures[::step][:_SAMPLE_OF_FAILURES]:
         lines += [
-            f"  [{case.id}] {case.input}",
+            f"  [{case.id}{', ' + case.slice if case.slice else ''}] {case.input}",
             f"    expected: {_calls_text(case.expected) or 'no call, a text'}",
             f"    got:      {_calls_text(case.got) or _quoted(case.text)}",
         ]

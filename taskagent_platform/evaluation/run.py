@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from taskagent_platform.evaluation.report import (
 )
 from taskagent_platform.evaluation.scoring import MINEFIELDS, Score, score_case
 from taskagent_platform.evaluation.statistics import pass_hat_k
-from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite
+from taskagent_platform.evaluation.suite import DEFAULT_NOW, Case, Suite, Suites
 from taskagent_platform.settings import Settings
 
 Progress = Callable[[str, int, int], None]
@@ -65,6 +65,7 @@ def evaluate(
     model_name: str,
     model_digest: str | None,
     suite: Suite,
+    robustness: Suite | None = None,
     measure_latency: bool = True,
     api_key: str = "none",
     on_progress: Progress | None = None,
@@ -77,7 +78,8 @@ def evaluate(
         base_url: the endpoint, with ``/v1``.
         model_name: the name to ask for.
         model_digest: digest of the model folder; None where it is not known.
-        suite: the cases; ``settings.evaluation.case_limit`` applies to it.
+        suite: the cases that the gates count; ``settings.evaluation.case_limit`` applies to it.
+        robustness: hard cases, asked beside them and reported apart; the same limit applies.
         measure_latency: time single requests after the others, and then measure the load curve.
         api_key: for servers that want one.
         on_progress: is told of every case.
@@ -85,13 +87,17 @@ def evaluate(
     Raises:
         PlatformError: the endpoint fails. No report is made of a part of the suite.
     """
-    suite = suite.limited(settings.evaluation.case_limit) if suite.case_limit is None else suite
+    if suite.case_limit is None:
+        suite, robustness = Suites(suite, robustness).limited(settings.evaluation.case_limit)
     endpoint = Endpoint(base_url, model_name, settings.serving.max_tokens, api_key)
     started = datetime.now(UTC)
     begin = time.monotonic()
-    asked = asyncio.run(_ask_all(settings, domain, endpoint, suite, measure_latency, on_progress))
+    beside = robustness.cases if robustness is not None else ()
+    asked = asyncio.run(_ask_all(settings, domain, endpoint, suite, beside, measure_latency, on_progress))
     by_id = {run.case.id: run for run in asked.runs}
     records = tuple(_record(domain, by_id[case.id]) for case in suite.cases)
+    robustness_records = tuple(_record(domain, by_id[case.id]) for case in beside)
+    both = records + robustness_records
     verdicts: dict[str, Counter[str]] = {}
     for record in records:
         verdicts.setdefault(record.list_name, Counter())[record.verdict] += 1
@@ -101,14 +107,14 @@ def evaluate(
         model_digest=model_digest,
         endpoint=base_url,
         suite_digest=suite.digest,
-        suite_files=dict(suite.digests),
+        suite_files=dict(suite.digests) | (dict(robustness.digests) if robustness is not None else {}),
         case_limit=suite.case_limit,
         metrics=metrics_of(records, settings.gates),
         categories=categories_of(records),
         verdicts={name: dict(counts) for name, counts in verdicts.items()},
-        fault_types=dict(Counter(fault.type for record in records for fault in record.faults)),
-        minefields=sum(any(fault.type in MINEFIELDS for fault in record.faults) for record in records),
-        extra_reads=sum(record.extra_reads for record in records),
+        fault_types=dict(Counter(fault.type for record in both for fault in record.faults)),
+        minefields=sum(any(fault.type in MINEFIELDS for fault in record.faults) for record in both),
+        extra_reads=sum(record.extra_reads for record in both),
         latency=asked.latency,
         latency_budget_ms=settings.gates.latency_p95_ms,
         latency_target_ms=settings.gates.latency_target_ms,
@@ -118,7 +124,9 @@ def evaluate(
         started=started,
         seconds=round(time.monotonic() - begin, 1),
         complete=True,
-        slices=slices_of(records),
+        slices=slices_of(both),
+        robustness=robustness_records,
+        robustness_digest=robustness.digest if robustness is not None else None,
         load=asked.load,
         reliability=_reliability(settings, domain, asked.samples),
     )
@@ -129,6 +137,7 @@ async def _ask_all(
     domain: Domain,
     endpoint: Endpoint,
     suite: Suite,
+    beside: Sequence[Case],
     measure_latency: bool,
     on_progress: Progress | None,
 ) -> _Asked:
@@ -139,7 +148,7 @@ async def _ask_all(
         # The first use of a tool set compiles its grammar and fills the prompt cache; one request at a time does it.
         warm_up = split.rest[: max(1, chosen.latency_warmup)]
         runs = await run_cases(client, endpoint, domain, warm_up, concurrency=1, max_turns=chosen.max_turns)
-        rest = split.rest[len(warm_up) :]
+        rest = [*split.rest[len(warm_up) :], *beside]
         runs += await run_cases(
             client,
             endpoint,
@@ -147,7 +156,7 @@ async def _ask_all(
             rest,
             concurrency=chosen.concurrency,
             max_turns=chosen.max_turns,
-            on_progress=lambda done, _: tell("cases", done + len(warm_up), len(split.rest)),
+            on_progress=lambda done, _: tell("cases", done + len(warm_up), len(warm_up) + len(rest)),
         )
         latency, timed = await time_cases(
             client, endpoint, domain, split, on_progress=lambda done, total: tell("timed requests", done, total)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 from taskagent_platform.artifacts import digest_of, file_digest
 from taskagent_platform.domains.base import Domain, Message
@@ -143,6 +143,52 @@ class Suite:
             count = min(case_limit, len(cases))
             kept += [cases[index * len(cases) // count] for index in range(count)]
         return replace(self, cases=tuple(kept), case_limit=case_limit)
+
+
+class Suites(NamedTuple):
+    """The cases that a model is measured on.
+
+    Attributes:
+        gated: those that the gates count.
+        robustness: hard ones, each of a slice, which no gate counts; None if there are none.
+    """
+
+    gated: Suite
+    robustness: Suite | None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The suites' identities by name, as the artifact of a report carries them."""
+        return {"suite": self.gated.digest} | ({"robustness": self.robustness.digest} if self.robustness else {})
+
+    def limited(self, case_limit: int | None) -> "Suites":
+        """Returns suites with at most ``case_limit`` cases of each list, each spread evenly over it."""
+        return Suites(self.gated.limited(case_limit), self.robustness and self.robustness.limited(case_limit))
+
+
+def domain_suites(domain: Domain, case_limit: int | None = None) -> Suites:
+    """Reads a domain's suites and its robustness suites, see :func:`load_suites`; ``case_limit`` applies to both."""
+    return load_suites(domain.suites, domain.robustness_suites, domain).limited(case_limit)
+
+
+def load_suites(gated: Iterable[Path], robustness: Sequence[Path], domain: Domain | None = None) -> Suites:
+    """Reads the files of the cases that gates count, and of those that are reported beside them.
+
+    Raises:
+        PlatformError: as :func:`load_suite`; or a robustness case names no slice, without which no rate would count it,
+            or has the id of a case that the gates count.
+    """
+    counted = load_suite(gated, domain)
+    if not robustness:
+        return Suites(counted, None)
+    ids = {case.id for case in counted.cases}
+    beside = load_suite(robustness, domain)
+    for case in beside.cases:
+        if not case.slice:
+            raise PlatformError(f"The robustness case {case.id!r} ({case.input!r}) names no slice; give it one.")
+        if case.id in ids:
+            raise PlatformError(f"The id {case.id!r} is that of a robustness case and of another; change one of them.")
+    return Suites(counted, beside)
 
 
 def load_suite(paths: Iterable[Path], domain: Domain | None = None) -> Suite:

@@ -86,7 +86,7 @@ def read_champion_report(settings: Settings, domain: Domain, champion: Deploymen
     """
     from taskagent_platform.evaluation.report import load_report
     from taskagent_platform.evaluation.run import conditions
-    from taskagent_platform.evaluation.suite import load_suite
+    from taskagent_platform.evaluation.suite import domain_suites
 
     remedy = "materialize eval_report to measure the champion again."
     folder = champion_report_folder(settings, domain.name, champion.model_digest)
@@ -95,10 +95,10 @@ def read_champion_report(settings: Settings, domain: Domain, champion: Deploymen
         report = load_report(folder)
     except PlatformError as error:
         raise PlatformError(f"The champion's report cannot be used: {error} To go on, {remedy}") from error
-    suite = load_suite(domain.suites, domain).limited(settings.evaluation.case_limit)
+    suites = domain_suites(domain, settings.evaluation.case_limit)
     if report.model_digest != champion.model_digest:
         raise PlatformError(f"The champion's report is of another model; {remedy}")
-    if report.suite_digest != suite.digest or report.settings.get("conditions") != conditions(domain):
+    if report.suites != suites.digests or report.settings.get("conditions") != conditions(domain):
         raise PlatformError(f"The champion was measured on other suites, or with another prompt or scorer; {remedy}")
     return report
 
@@ -107,7 +107,7 @@ def _mismatches(
     settings: Settings, domain: Domain, model: Manifest, manifest: Manifest, report: "EvalReport"
 ) -> list[str]:
     """Returns why the report says nothing of this model as it would be served now."""
-    from taskagent_platform.evaluation.suite import load_suite
+    from taskagent_platform.evaluation.suite import domain_suites
 
     problems = []
     if report.model_digest != model.digest:
@@ -115,11 +115,14 @@ def _mismatches(
         problems.append(f"The report is of {judged}, not of {model.digest[:12]}: evaluate this model.")
     if report.domain != domain.name:
         problems.append(f"The report is of the domain {report.domain}, not of {domain.name}.")
-    suite = load_suite(domain.suites, domain).limited(settings.evaluation.case_limit)
-    if report.suite_digest != suite.digest:
+    suite, robustness = suites = domain_suites(domain, settings.evaluation.case_limit)
+    if report.suites != suites.digests:
         problems.append("The report is stale: the domain's suites, or evaluation.case_limit, changed since.")
-    elif sorted(case.id for case in report.cases) != sorted(case.id for case in suite.cases):
-        problems.append(f"The report holds other cases ({len(report.cases)}) than the suites ({len(suite.cases)}).")
+    else:
+        wanted_of = {"suites": suite.cases, "robustness suites": robustness.cases if robustness is not None else ()}
+        for (name, cases), held in zip(wanted_of.items(), (report.cases, report.robustness), strict=True):
+            if sorted(case.id for case in held) != sorted(case.id for case in cases):
+                problems.append(f"The report holds other cases ({len(held)}) than the {name} ({len(cases)}).")
     if manifest.code_version != report_code_version(domain):
         problems.append("The report is stale: the code that evaluates changed since.")
     serving = settings.serving

@@ -85,6 +85,14 @@ def test_requests_of_the_suites_are_dropped(made, tmp_path, monkeypatch):
     assert stolen.casefold() not in (folder / TRAIN_FILE).read_text().casefold()
 
 
+@pytest.mark.parametrize("suites", ["suites", "robustness_suites", "development_suites"])
+def test_a_request_of_any_suite_counts_as_overlap(suites):
+    lists = json.loads(getattr(DOMAIN, suites)[0].read_text())
+    stolen = next(iter(lists.values()))[0]["input"]
+    record = {"messages": [{"role": "user", "content": f"  {stolen.upper()} "}]}
+    assert overlap(DOMAIN, [record]) == sorted(asked_in(record))
+
+
 def test_a_split_holds_out_whole_moments():
     records = [{"meta": {"now": str(n // 5)}, "n": n} for n in range(100)]
     train, held = split(records, 0.1, 42)

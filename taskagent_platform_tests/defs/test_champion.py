@@ -11,7 +11,7 @@ import pytest
 from taskagent_platform.defs.eval_report import champion_report
 from taskagent_platform.defs.platform import Stage
 from taskagent_platform.domains.task_api import TaskApiDomain
-from taskagent_platform.evaluation.suite import load_suite
+from taskagent_platform.evaluation.suite import domain_suites
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving.deployments import deploy, server_files, stop_all
 from taskagent_platform.serving.gates import judge
@@ -52,24 +52,24 @@ def test_the_champions_report_is_measured_again_when_the_suites_changed(
     stage = stage_of(settings, domain, said)
     folder, champion = make_model(settings, "one")
     report_folder = make_report(settings, domain, champion)
-    suite = load_suite(domain.suites, domain)
-    assert champion_report(stage, champion, suite) is None, "nothing is deployed"
+    suites = domain_suites(domain)
+    assert champion_report(stage, champion, suites) is None, "nothing is deployed"
     deploy(settings, domain, folder, report_folder)
-    assert champion_report(stage, champion, suite) is None, "the model itself is the champion"
+    assert champion_report(stage, champion, suites) is None, "the model itself is the champion"
 
     _, candidate = make_model(settings, "two")
-    kept = champion_report(stage, candidate, suite)
+    kept = champion_report(stage, candidate, suites)
     assert kept is not None
     assert (kept.model_digest, said) == (champion.digest, [])
 
     [path] = domain.suites
     path.write_text(path.read_text().replace("select 0", "choose 0"))
-    suite = load_suite(domain.suites, domain)
+    suites = domain_suites(domain)
     report_folder = make_report(settings, domain, candidate)
     assert "measured on other suites" in " ".join(judge(settings, domain, candidate, report_folder).refusals)
-    again = champion_report(stage, candidate, suite)
+    again = champion_report(stage, candidate, suites)
     assert again is not None
-    assert (again.model_digest, again.suite_digest) == (champion.digest, suite.digest)
+    assert (again.model_digest, again.suites) == (champion.digest, suites.digests)
     assert "The champion is measured again." in said[0]
     # The stand-in's server answers every case with a text: only the cases that ask for no call are right.
     assert (again.metrics["abstention"].rate, again.metrics["tool_selection"].rate) == (1.0, 0.0)

@@ -107,8 +107,13 @@ def test_data_of_a_domain_is_a_reason_to_retrain(tmp_path, monkeypatch):
     assert fingerprint(load_settings(), SWITCHES) == before
     suite.write_text('{"tool_selection": []}')
     assert fingerprint(load_settings(), SWITCHES) != before
-    monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "0 3 * * *")
     suite.write_text("{}")
+    hard = tmp_path / "hard.json"
+    hard.write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(SWITCHES), "robustness_suites", (hard,))
+        assert fingerprint(load_settings(), SWITCHES) != before
+    monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "0 3 * * *")
     assert fingerprint(load_settings(), SWITCHES) == before, "when it is retrained decides nothing"
     folder = load_settings().folder(SWITCHES.name) / TARGETED
     with new_artifact(folder, kind=TARGETED, inputs={}, settings={}, code_version=code_version("data", "domains")):

@@ -83,6 +83,15 @@ def test_a_slice_is_told_and_nothing_can_be_generated_for_it() -> None:
     assert "write phrasings" in finding.sentence
 
 
+def test_robustness_cases_are_looked_at_too() -> None:
+    hard = tuple(case(n, False, ADD, ADD, ADD, slice="three") for n in range(100, 110))
+    report = report_of({}, cases=tuple(case(n, True, ADD) for n in range(50)), robustness=hard)
+    diagnosis = diagnose(report, [example([ADD])] * 300)
+    assert (diagnosis.cases, diagnosis.failures) == (60, 10)
+    assert Pattern("calls", "3") in diagnosis.wanted
+    assert {finding.rest_total for finding in diagnosis.findings if finding.value in ("3", "three")} == {50}
+
+
 def test_no_failure_no_finding() -> None:
     assert diagnose(report_of({}, cases=(case(1, True, ADD),)), []).findings == ()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from taskagent_platform.evaluation.comparison import champion_gate
 from taskagent_platform.evaluation.latency import Latency, percentile, split_cases
 from taskagent_platform.evaluation.report import (
     CaseRecord,
@@ -101,6 +102,24 @@ def test_slices_have_their_own_rates() -> None:
     slices = slices_of(cases)
     assert {name: (rate.correct, rate.total) for name, rate in slices.items()} == {"plain": (3, 3), "typos": (1, 2)}
     assert "typos" in render_report(report_of(ALL, slices=slices), GATES)
+
+
+def test_robustness_cases_are_told_and_counted_by_no_gate() -> None:
+    hard = tuple(
+        record("tool_selection", n, False, valid=0).model_copy(update={"id": f"h{n}", "slice": "typos"})
+        for n in range(50)
+    )
+    report = report_of(ALL, robustness=hard, slices=slices_of(hard))
+    assert failing(report) == {}
+    assert champion_gate(report, report_of(ALL), GATES).passed
+    assert len(report.failures) == 50
+    report = report.model_copy(update={"slices": slices_of(report.asked)})
+    text = render_report(report, GATES)
+    assert "300 cases and 50 of robustness" in text
+    assert "slices (50 of these cases are of the robustness suites, which no gate counts):" in text
+    assert "0/50" in next(line for line in text.splitlines() if line.startswith("  typos"))
+    assert "[h0, typos] x" in text
+    assert "OVERALL: PASS" in text
 
 
 def test_a_changed_gate_counts_at_once() -> None:

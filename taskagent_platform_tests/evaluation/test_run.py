@@ -253,6 +253,35 @@ def test_slices_and_what_may_be_compared_are_in_the_report(settings: Settings, t
     assert report.settings["conditions"] == conditions(LIGHTS)
 
 
+def test_robustness_cases_are_asked_beside_the_suite_and_counted_by_no_gate(
+    settings: Settings, suite: Suite, tmp_path: Path
+) -> None:
+    path = tmp_path / "hard.json"
+    hard = [{"input": f"shwo {n}", "expected_tool": "list_lights", "slice": "typos"} for n in range(12)]
+    destroyed = {"input": "thx", "category": "small_talk", "slice": "terse"}
+    path.write_text(json.dumps({"tool_selection": hard, "abstention": [destroyed]}))
+    robustness = load_suite([path], LIGHTS)
+    turns = {**RIGHT, "shwo 0": [[("list_lights", {})]], "thx": [[("remove_lamp", {"lamp_id": "lamp_1"})]]}
+    alone = measure(settings, suite, LightServer(turns))
+    server = LightServer(turns)
+    told: list[tuple[str, int, int]] = []
+    report = measure(settings, suite, server, robustness=robustness, on_progress=lambda *what: told.append(what))
+    assert (report.metrics, report.categories, report.verdicts) == (alone.metrics, alone.categories, alone.verdicts)
+    assert all(result.passed for result in gate_results(report, settings.gates))
+    assert {name: (rate.correct, rate.total) for name, rate in report.slices.items()} == {
+        "plain": (17, 17), "terse": (0, 1), "typos": (1, 12),
+    }  # fmt: skip
+    assert [case.id for case in report.robustness] == [case.id for case in robustness.cases]
+    assert report.suites == {"suite": suite.digest, "robustness": robustness.digest}
+    assert report.suite_files.keys() == {"suite.json", "hard.json"}
+    assert (len(report.failures), report.minefields, report.fault_types["no_call"]) == (12, 1, 11)
+    assert ("cases", 22, 22) in told
+    timed = [body["messages"][-1]["content"] for body in server.bodies[-4:]]
+    assert not [text for text in timed if text.startswith("shwo")], "the latency is that of the suite"
+    limited = measure(with_evaluation(settings, case_limit=2), suite, LightServer(turns), robustness=robustness)
+    assert [case.input for case in limited.robustness] == ["shwo 0", "shwo 6", "thx"]
+
+
 def test_the_case_limit_is_used_and_said(settings: Settings, suite: Suite) -> None:
     limited = settings.model_copy(update={"evaluation": settings.evaluation.model_copy(update={"case_limit": 2})})
     report = measure(limited, suite, LightServer(RIGHT))

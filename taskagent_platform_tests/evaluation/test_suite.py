@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.evaluation.suite import ExpectedValue, Source, Suite, load_suite
+from taskagent_platform.evaluation.suite import ExpectedValue, Source, Suite, load_suite, load_suites
 from taskagent_platform_tests.light_domain import LIGHTS
 
 FULL: dict[str, Any] = {
@@ -155,6 +155,37 @@ def test_an_error_names_list_index_and_line(tmp_path: Path) -> None:
         PlatformError, match=r"suite\.json, tool_selection\[1\] \(line 4\), field expected_tool: missing"
     ):
         load(tmp_path, text)
+
+
+def test_robustness_cases_are_kept_apart_and_limited_alike(tmp_path: Path) -> None:
+    plain = write(tmp_path, {"abstention": [{"input": str(n)} for n in range(4)]}, "plain.json")
+    cases = [{"input": f"h{n}", "slice": "typos"} for n in range(4)]
+    hard = write(tmp_path, {"abstention": cases}, "hard.json")
+    suites = load_suites([plain], [hard])
+    assert suites.robustness is not None
+    assert suites.gated.digest == load_suite([plain]).digest
+    assert suites.digests == {"suite": suites.gated.digest, "robustness": load_suite([hard]).digest}
+    limited = suites.limited(2)
+    assert limited.robustness is not None
+    assert [case.input for case in limited.gated.cases] == ["0", "2"]
+    assert [case.input for case in limited.robustness.cases] == ["h0", "h2"]
+    assert limited.digests.keys() == suites.digests.keys()
+    assert not set(limited.digests.values()) & set(suites.digests.values())
+    assert load_suites([plain], []).limited(1).robustness is None
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ({"input": "teh list"}, "'hard/abstention[0]' ('teh list') names no slice"),
+        ({"input": "teh list", "slice": "typos", "id": "x"}, "The id 'x' is that of a robustness case and of another"),
+    ],
+)
+def test_a_robustness_case_has_a_slice_and_an_id_of_its_own(tmp_path: Path, case: dict[str, Any], said: str) -> None:
+    plain = write(tmp_path, {"abstention": [{"input": "hi", "id": "x"}]}, "plain.json")
+    with pytest.raises(PlatformError) as error:
+        load_suites([plain], [write(tmp_path, {"abstention": [case]}, "hard.json")])
+    assert said in str(error.value)
 
 
 def test_ids_are_unique_over_all_files(tmp_path: Path) -> None:

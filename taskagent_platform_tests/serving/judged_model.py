@@ -18,7 +18,7 @@ from taskagent_platform.evaluation.report import (
     save_report,
 )
 from taskagent_platform.evaluation.run import conditions
-from taskagent_platform.evaluation.suite import Case, load_suite
+from taskagent_platform.evaluation.suite import Case, domain_suites
 from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import Settings
 
@@ -49,6 +49,7 @@ def small_domain(folder: Path) -> TaskApiDomain:
 
     class SmallDomain(TaskApiDomain):
         suites = (suite,)
+        robustness_suites = ()
 
     return SmallDomain()
 
@@ -79,11 +80,11 @@ def make_report(
         settings: what the evaluation ran with.
         domain: whose suites.
         model: the model's manifest.
-        failing: how many cases of a list fail; ``malformed`` counts unreadable calls.
+        failing: how many cases of a list fail; ``malformed`` counts unreadable calls, ``robustness`` robustness cases.
         change: changes the report's fields before it is written.
         code_version: of the code that evaluated; the present one if None.
     """
-    suite = load_suite(domain.suites, domain).limited(settings.evaluation.case_limit)
+    suite, robustness = domain_suites(domain, settings.evaluation.case_limit)
     left = dict(failing or {})
     cases = []
     for case in suite.cases:
@@ -93,6 +94,11 @@ def make_report(
         malformed = attempted and left.get("malformed", 0) > 0
         left["malformed"] = left.get("malformed", 0) - attempted
         cases.append(_record(case, passed=not fails, attempted=attempted, valid=0 if malformed else attempted))
+    hard = robustness.cases if robustness is not None else ()
+    beside = [
+        _record(case, passed=number >= left.get("robustness", 0), attempted=0, valid=0)
+        for number, case in enumerate(hard)
+    ]
     serving = settings.serving
     fields: dict[str, Any] = {
         "domain": domain.name,
@@ -118,6 +124,8 @@ def make_report(
         },
         "hardware": Hardware(processor="p", cores=1, memory_gib=1, gpus=(), system="s"),
         "started": datetime.now(UTC),
+        "robustness": tuple(beside),
+        "robustness_digest": robustness.digest if robustness is not None else None,
         "seconds": 1.0,
         "complete": True,
     }  # fmt: skip

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,25 @@ def test_what_changed_since_the_evaluation_makes_its_report_stale(settings: Sett
     assert judge(settings, domain, model, report).refusals == (
         "The report is stale: the code that evaluates changed since.",
     )
+
+
+def test_robustness_cases_must_have_been_asked_and_no_gate_counts_them(
+    settings: Settings, domain: TaskApiDomain, tmp_path: Path
+) -> None:
+    path = tmp_path / "hard.json"
+    cases = [{"input": f"hrad {n}", "expected_tool": "list_tasks", "slice": "typos"} for n in range(6)]
+    path.write_text(json.dumps({"tool_selection": cases}))
+    _, model = make_model(settings)
+    report = make_report(settings, domain, model)
+    assert judge(settings, domain, model, report).refusals == ()
+    type(domain).robustness_suites = (path,)
+    assert "suites" in judge(settings, domain, model, report).refusals[0], "it was not asked them"
+    assert _judge(settings, domain, failing={"robustness": 6}).refusals == ()
+    left_out = _judge(settings, domain, change=lambda report: report.update(robustness=report["robustness"][1:]))
+    assert left_out.refusals == ("The report holds other cases (5) than the robustness suites (6).",)
+    report = make_report(settings, domain, model)
+    path.write_text(path.read_text().replace("hrad 0", "hadr 0"))
+    assert "suites" in judge(settings, domain, model, report).refusals[0], "they changed since"
 
 
 def test_the_gates_of_today_judge_the_report_of_yesterday(settings: Settings, domain: TaskApiDomain) -> None:

@@ -27,6 +27,7 @@ class TaskApiDomain(Domain):
     sources = examples.SOURCES
     suites = tuple(_SUITES / f"{name}.json" for name in _LISTS)
     development_suites = tuple(_SUITES / "development" / f"{name}.json" for name in _LISTS)
+    robustness_suites: tuple[Path, ...] = (_SUITES / "robustness.json",)
 
     def system_prompt(self, now: datetime) -> str:
         """Returns the system message."""

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,8 @@ from taskagent_platform.evaluation.lint import lint_suite
 from taskagent_platform.evaluation.suite import INJECTION_SLICE, Case, ListName, load_suite
 
 PLAIN = load_suite(DOMAIN.suites, DOMAIN)
-ROBUSTNESS_FILE = Path(DOMAIN.suites[0]).with_name("robustness.json")
-ROBUSTNESS = load_suite([ROBUSTNESS_FILE], DOMAIN)
+ROBUSTNESS = load_suite(DOMAIN.robustness_suites, DOMAIN)
+CAPSTONE_FILE = DOMAIN.suites[0].with_name("capstone.json")
 CASES_OF_A_SLICE = 12
 SLICES = {
     "typos", "casing", "long_winded", "terse", "non_native", "several_requests", "month_and_year_ends", "leap_years",
@@ -28,6 +27,20 @@ def test_each_list_has_plain_cases_enough(name: ListName, at_least: int) -> None
     assert sum(not case.slice for case in PLAIN.of(name)) >= at_least
 
 
+def test_the_capstones_own_cases_are_among_those_that_the_gates_count() -> None:
+    def asked(case: Case) -> tuple[object, ...]:
+        return case.list_name, case.input, case.now, [call.tool for call in case.calls], case.ordered
+
+    gated = {asked(case)[:3]: case for case in PLAIN.cases}
+    for case in load_suite([CAPSTONE_FILE], DOMAIN).cases:
+        same = gated[asked(case)[:3]]
+        assert asked(same) == asked(case)
+        # What the capstone says of arguments and their sources is wanted; the suite may say more.
+        for ours, theirs in zip(same.calls, case.calls, strict=True):
+            assert ours.sources == theirs.sources
+            assert theirs.arguments is None or ours.arguments == theirs.arguments
+
+
 def test_each_slice_has_cases_enough() -> None:
     counts = Counter(case.slice for case in ROBUSTNESS.cases)
     assert set(counts) == SLICES
@@ -35,8 +48,7 @@ def test_each_slice_has_cases_enough() -> None:
 
 
 def test_no_gold_answer_is_wrong_and_no_case_repeats_another() -> None:
-    # Dictionaries, because the domain may name the file among its suites.
-    files = dict.fromkeys([*DOMAIN.suites, ROBUSTNESS_FILE, *DOMAIN.development_suites])
+    files = (*DOMAIN.suites, *DOMAIN.robustness_suites, *DOMAIN.development_suites)
     assert lint_suite(load_suite(files, DOMAIN), DOMAIN) == []
 
 
