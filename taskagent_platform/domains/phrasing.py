@@ -130,9 +130,9 @@ def _turn(source: str) -> Turn:
         raise ValueError("there is no ` => `")
     answer = answer.strip()
     if answer.startswith('"'):
-        return Turn(text(request.strip()), answer=text(answer[1:].removesuffix('"')))
+        return Turn(text(request.rstrip()), answer=text(answer[1:].removesuffix('"')))
     steps = tuple(tuple(_call(call) for call in _split(step, "&")) for step in _split(answer, ";"))
-    return Turn(text(request.strip()), steps)
+    return Turn(text(request.rstrip()), steps)
 
 
 def _call(source: str) -> CallTemplate:

@@ -159,3 +159,11 @@ def test_clauses_add_attributes_that_the_request_says():
                 texts = [] if isinstance(value, Result) else value if isinstance(value, list) else [value]
                 assert {piece.key for text in texts for piece in text if isinstance(piece, Slot)} <= slots
     assert min(added.values()) > 10
+
+
+def test_no_clause_is_glued_to_the_request_before_it():
+    for tool in ("create_task", "list_tasks", "update_task", "create_project"):
+        for clause in TaskApiWriter.templates(f"clauses_{tool}"):
+            first = clause.turns[0].request[0]
+            assert isinstance(first, str), (tool, clause.line)
+            assert not first[0].isalnum(), (tool, clause.line)
