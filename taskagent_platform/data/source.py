@@ -29,7 +29,7 @@ def moments(settings: Settings, domain: Domain, source: str) -> Sequence[datetim
     counts = [source_count(settings, name) for name in domain.sources]
     total = max(2, ceil(sum(counts) / settings.training.pack_examples))
     days = rng.sample(range(_DAYS), total)
-    drawn = [_FIRST_DAY + timedelta(days=day, minutes=rng.randrange(7 * 60, 21 * 60, 15)) for day in days]
+    drawn = [_FIRST_DAY + timedelta(days=day, minutes=rng.randrange(6 * 60, 24 * 60, 15)) for day in days]
     before = sum(counts[: domain.sources.index(source)]) % total
     return drawn[before:] + drawn[:before]
 

@@ -165,7 +165,7 @@ class ExampleWriter(ABC):
         }
         names = [name for name, found in short.items() if found]
         while True:
-            count = 2 if rng.random() < 0.75 else 3
+            count = 2 if rng.random() < 0.6 else 3
             parts = [cls.with_clauses(rng.choice(short[rng.choice(names)]), rng) for _ in range(count)]
             # Of two that ask for the same without any value, one would be the other's echo.
             echoes = [part.calls[0].tool for part in parts if not any(map(_is_slot, part.turns[0].request))]
