@@ -9,8 +9,8 @@ from taskagent_platform.domains.base import Tool
 Priority = Literal["low", "medium", "high"]
 Status = Literal["open", "completed"]
 # The patterns reach the server inside the tools' schemas, where they constrain what can be generated.
-Date = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-Minute = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}$")]
+Date = Annotated[str, Field(pattern=r"^\d{4}-[01]\d-[0-3]\d$")]
+Minute = Annotated[str, Field(pattern=r"^\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d$")]
 
 
 class _Arguments(BaseModel):
