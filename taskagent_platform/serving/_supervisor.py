@@ -37,13 +37,18 @@ def main(record_file: Path, command: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, forward)
     signal.signal(signal.SIGINT, forward)
+    wanted = True
     while child.poll() is None:
         try:
             child.wait(_POLL_S)
         except subprocess.TimeoutExpired:
-            if not _is_wanted(record_file):
+            wanted = _is_wanted(record_file)
+            if not wanted:
                 print("The process that this model server was started for is gone: ending it.", flush=True)
                 _end(child)
+    if child.returncode == -signal.SIGKILL and wanted:
+        # The kernel says so nowhere that the server's user would look.
+        print("Killed: SIGKILL ended the model server, most likely for want of memory.", flush=True)
     _end_children()
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 

@@ -5,6 +5,7 @@ Run by test_server.py as ``python stub_vllm.py MODE PORT NAME MODEL_FOLDER``.
 
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,9 @@ if mode == "bad_model":
     sys.exit(1)
 if mode == "silent":
     sys.exit(3)
+if mode == "killed":
+    print("ERROR 11-22 16:40:09 [core.py:9] ValueError: of no consequence", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "vllm-worker"])
 if mode == "hang":
     time.sleep(600)

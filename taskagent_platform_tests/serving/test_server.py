@@ -215,6 +215,11 @@ def test_a_server_that_ends_without_a_word_is_told(start: Start) -> None:
         start("silent")
 
 
+def test_a_server_that_is_killed_while_loading_is_said_to_lack_memory(start: Start) -> None:
+    with pytest.raises(PlatformError, match=r"ended while loading model: Killed: .*most likely for want of memory"):
+        start("killed")
+
+
 def test_a_server_that_never_answers_is_ended(start: Start, settings: Settings, tmp_path: Path) -> None:
     impatient = settings.serving.model_copy(update={"start_timeout_s": 0.5})
     seen: list[Server | None] = []
