@@ -74,11 +74,32 @@ def latency_plot(latency: Latency | None, load: LoadCurve | None) -> dg.Markdown
     return _picture(figure, "latency of single requests and throughput by concurrency")
 
 
-def _figure() -> Any:
+def usage_plot(usage: Mapping[str, int], least: int) -> dg.MarkdownMetadataValue | None:
+    """Returns how often each tool is called in a dataset, as a picture; None for one without a call.
+
+    Args:
+        usage: calls by tool.
+        least: the fewest calls that a tool should have, drawn as a line.
+    """
+    if not any(usage.values()):
+        return None
+    figure = _figure(height=1 + 0.3 * len(usage))
+    axes = figure.add_subplot()
+    names = sorted(usage, key=lambda name: usage[name])
+    bars = axes.barh(names, [usage[name] for name in names])
+    axes.bar_label(bars, padding=3)
+    axes.margins(x=0.1)
+    axes.axvline(least, linestyle="--", color="black", linewidth=1, label=f"at least {least} in the whole dataset")
+    axes.set_xlabel("calls")
+    axes.legend(loc="lower right")
+    return _picture(figure, "calls of each tool")
+
+
+def _figure(height: float = 3.0) -> Any:
     # Drawn without pyplot, which would look for a display and keep every figure alive.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(7, 3), layout="constrained")
+    return Figure(figsize=(7, height), layout="constrained")
 
 
 def _picture(figure: Any, title: str) -> dg.MarkdownMetadataValue:

@@ -2,8 +2,9 @@
 
 import dagster as dg
 
-from taskagent_platform.data.distribution import Distribution
+from taskagent_platform.data.distribution import MIN_FOR_EACH_TOOL, Distribution
 from taskagent_platform.data.source import make_source
+from taskagent_platform.defs.figures import usage_plot
 from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
@@ -26,7 +27,11 @@ def source_dataset(domain: Domain, source: str) -> dg.AssetsDefinition:
             manifest, reused = make_source(stage.settings, domain, source, stage.folder())
             found = Distribution.model_validate(manifest.details["distribution"])
             return stage.result(
-                manifest, reused=reused, examples=found.total, distribution=dg.MetadataValue.md(found.table())
+                manifest,
+                reused=reused,
+                examples=found.total,
+                distribution=dg.MetadataValue.md(found.table()),
+                tool_usage=usage_plot(found.tool_usage, MIN_FOR_EACH_TOOL),
             )
 
     return dataset

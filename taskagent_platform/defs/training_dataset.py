@@ -8,6 +8,7 @@ from taskagent_platform.data.distribution import MIN_EXAMPLES, MIN_FOR_EACH_TOOL
 from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.data.targeted import usable_targeted
 from taskagent_platform.data.training_dataset import KIND, make_training_dataset
+from taskagent_platform.defs.figures import usage_plot
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
@@ -48,6 +49,7 @@ def training_dataset(domain: Domain) -> dg.AssetsDefinition:
                 manifest,
                 reused=reused,
                 distribution=dg.MetadataValue.md(found.table()),
+                tool_usage=usage_plot(found.tool_usage, MIN_FOR_EACH_TOOL),
                 **{name: value for name, value in manifest.details.items() if isinstance(value, int)},
             )
 
