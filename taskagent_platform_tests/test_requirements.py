@@ -49,7 +49,10 @@ def pins(lock: str) -> dict[str, str]:
 def test_the_lock_holds_what_the_project_asks_for(lock: str) -> None:
     extras = PROJECT["optional-dependencies"]
     locked = pins(lock)
-    for line in PROJECT["dependencies"] + extras[lock] + extras["dev"]:
+    for line in [
+        *PROJECT["dependencies"],
+        *(need for extra in (lock, "dev", "docker", "kubernetes") for need in extras[extra]),
+    ]:
         wanted = Requirement(line)
         version = locked.get(canonicalize_name(wanted.name))
         assert version is not None, f"{wanted.name} is not in {lock}.txt: run `make locks`"
