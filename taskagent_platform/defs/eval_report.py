@@ -1,7 +1,7 @@
 """The evaluation reports, of the base model and of the fine-tuned one, and the gates that block a deployment."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from taskagent_platform.evaluation.page import PAGE_FILE
 from taskagent_platform.evaluation.report import (
     REPORT_FILE,
     TEXT_FILE,
+    VERDICT_FILE,
     EvalReport,
     Rate,
     load_report,
@@ -99,7 +100,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
                     save_report(measured, scratch, stage.settings.gates)
             measured = load_report(stage.folder())
             run = tracking.run_of_model(stage.settings, domain.name, model.digest, "base model")
-            _track(run, stage, measured)
+            _track(run, stage, measured, {})
             return stage.result(
                 found or read_manifest(stage.folder()),
                 reused=found is not None,
@@ -148,7 +149,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
             measured = load_report(stage.folder())
             stage.say("\n" + render_report(measured, stage.settings.gates, base=base, champion=champion))
             run = tracking.run_of_model(stage.settings, domain.name, model.inputs[ADAPTER], "fine-tuning")
-            _track(run, stage, measured)
+            _track(run, stage, measured, {"base": base} | ({"champion": champion} if champion is not None else {}))
             return stage.result(
                 found or read_manifest(stage.folder()),
                 reused=found is not None,
@@ -159,6 +160,8 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
                 gates=_gates_table(verdict.gates, measured),
                 slices=_slices_table(measured, base, champion),
                 robustness_cases=len(measured.robustness),
+                minefields=measured.minefields,
+                extra_reads=measured.extra_reads,
                 against_base=_comparison_table(measured, base),
                 against_champion=_comparison_table(measured, champion),
                 latency=latency_plot(measured.latency, measured.load),
@@ -318,8 +321,8 @@ def _measured_with(settings: Settings) -> dict[str, Any]:
     return {"profile": settings.profile, **settings.evaluation.model_dump(mode="json"), **serving}
 
 
-def _track(run: TrackedRun, stage: Stage, report: EvalReport) -> None:
-    figures: dict[str, float] = {}
+def _track(run: TrackedRun, stage: Stage, report: EvalReport, others: Mapping[str, EvalReport]) -> None:
+    figures: dict[str, float] = {"eval.minefields": report.minefields, "eval.extra_reads": report.extra_reads}
     for name, metric in report.metrics.items():
         if metric.rate is not None:
             figures |= {f"eval.{name}": metric.rate, f"eval.{name}.n": metric.total}
@@ -337,8 +340,12 @@ def _track(run: TrackedRun, stage: Stage, report: EvalReport) -> None:
     if report.reliability is not None:
         for metric_name, values in report.reliability.pass_hat_k.items():
             figures |= {f"eval.pass_hat_{k}.{metric_name}": value for k, value in enumerate(values, 1)}
+    for title, other in others.items():
+        for pair in compare(report, other):
+            figures |= {f"eval.against_{title}.{pair.name}": pair.difference}
+            figures |= {f"eval.against_{title}.{pair.name}.p": pair.p_value}
     run.log(figures)
-    for file in (REPORT_FILE, TEXT_FILE, PAGE_FILE):
+    for file in (REPORT_FILE, VERDICT_FILE, TEXT_FILE, PAGE_FILE):
         run.keep_file(stage.folder() / file)
 
 

@@ -14,13 +14,14 @@ if TYPE_CHECKING:  # the report shows comparisons
     from taskagent_platform.evaluation.report import CaseRecord, EvalReport
 
 _ROUNDING = 1e-9
+_OTHER_TITLES = {"all": "All cases", "robustness": "Robustness cases"}
 
 
 class PairedRate(BaseModel):
     """Two models' rates on the cases that both were asked.
 
     Attributes:
-        name: a metric's name, or ``all``.
+        name: a metric's name, ``all`` of these cases, or ``robustness``, the cases that no gate counts.
         n: the cases.
         only_this: cases that only the model itself got right.
         only_other: cases that only the other model got right.
@@ -48,22 +49,21 @@ class PairedRate(BaseModel):
     @property
     def title(self) -> str:
         """What a reader calls it."""
-        return next((title for name, title in METRIC_TITLES.items() if name == self.name), "All cases")
+        return next(title for name, title in (*METRIC_TITLES.items(), *_OTHER_TITLES.items()) if name == self.name)
 
 
 def compare(report: "EvalReport", other: "EvalReport") -> tuple[PairedRate, ...]:
-    """Compares two models case by case: each list's metric that has cases in common, and all of them together.
+    """Compares two models case by case: each list's metric that has cases in common, all of them, and robustness cases.
 
     Cases are the same if id, list, input and moment are: a suite may have changed in between.
     """
-    theirs = {_identity(case): case.passed for case in other.cases}
-    pairs = [(case, theirs[_identity(case)]) for case in report.cases if _identity(case) in theirs]
+    gated, beside = _common(report.cases, other.cases), _common(report.robustness, other.robustness)
     groups = [
-        (str(metric), [(case.passed, passed) for case, passed in pairs if case.list_name == list_name])
+        (str(metric), [(case, passed) for case, passed in gated if case.list_name == list_name])
         for list_name, metric in METRIC_OF_LIST.items()
     ]
-    groups.append(("all", [(case.passed, passed) for case, passed in pairs]))
-    return tuple(_paired(name, list(group)) for name, group in groups if group)
+    groups += [("all", gated), ("robustness", beside)]
+    return tuple(_paired(name, [(case.passed, passed) for case, passed in group]) for name, group in groups if group)
 
 
 def champion_gate(
@@ -118,6 +118,12 @@ def comparison_lines(title: str, pairs: Iterable[PairedRate]) -> list[str]:
         for paired in pairs
     ]
     return lines
+
+
+def _common(ours: Iterable["CaseRecord"], others: Iterable["CaseRecord"]) -> list[tuple["CaseRecord", bool]]:
+    """Returns our cases that the others have, too, each with whether it passed there."""
+    theirs = {_identity(case): case.passed for case in others}
+    return [(case, theirs[_identity(case)]) for case in ours if _identity(case) in theirs]
 
 
 def _identity(case: "CaseRecord") -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 "use strict";
 // Shows the failures that fit every chosen filter and counts them.
 const filters = [...document.querySelectorAll("[data-filter]")];
-const cases = [...document.querySelectorAll("#failures details")];
+const cases = [...document.querySelectorAll("#cases details")];
 const shown = document.getElementById("shown");
 
 function fits(item, filter) {

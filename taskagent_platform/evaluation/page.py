@@ -6,6 +6,7 @@ characters are written out, and the page's own security policy lets nothing be l
 
 import base64
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # the report is saved as a page, too
 PAGE_FILE = "report.html"
 NO_CALL = "no call"
 UNREADABLE = "unreadable"
+UNKNOWN = "unknown tool"
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _SCRIPT = Path(__file__).with_name("page.js")
 _BINS = 20
@@ -48,7 +50,7 @@ class Axis(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing: bars, or dots joined by a line."""
+    """A drawing: bars, or dots joined by a line; ``marks`` are upright lines with a label."""
 
     width: float
     height: float
@@ -58,6 +60,7 @@ class Chart(NamedTuple):
     dots: tuple[Bar, ...]
     x_axis: tuple[Axis, ...]
     y_axis: tuple[Axis, ...]
+    marks: tuple[Axis, ...] = ()
 
     @property
     def line(self) -> str:
@@ -93,6 +96,7 @@ def render_page(
     )
     environment.filters["percent"] = lambda value: "-" if value is None else f"{value:.1%}"
     environment.filters["points"] = lambda value: f"{value * 100:+.1f}"
+    environment.filters["written"] = lambda value: value if isinstance(value, str) else _JSON.encode(value)
     script = _SCRIPT.read_text(encoding="utf-8")
     others = [(title, other) for title, other in (("base model", base), ("champion", champion)) if other is not None]
     return environment.get_template(_TEMPLATE.name).render(
@@ -100,12 +104,15 @@ def render_page(
         gates=gates,
         gate_titles={gate.name: METRIC_TITLES.get(gate.name, _GATE_TITLES.get(gate.name, gate.name)) for gate in gates},  # type: ignore[call-overload]
         gate_figures={gate.name: _figures(gate) for gate in gates},
+        targets={gate.name: gate.target for gate in gates},
         passed=all(gate.passed for gate in gates),
         titles=METRIC_TITLES,
         comparisons=[(title, other, compare(report, other)) for title, other in others],
         others=others,
         slices=_with_others(report.slices, [(title, other.slices) for title, other in others]),
-        confusion=confusion(report.cases),
+        robustness_ids={case.id for case in report.robustness},
+        confusion=(confused := confusion(report.cases)),
+        called=sorted({name for counts in confused.values() for name in counts}, key=_tools_first),
         latency_chart=_histogram(report.latency),
         load_chart=_load_chart(report.load),
         fault_types=sorted({fault.type for case in report.failures for fault in case.faults}),
@@ -120,6 +127,7 @@ def render_page(
     )
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
 _GATE_TITLES = {LATENCY_GATE: "Latency (p95)", CHAMPION_GATE: "No worse than the champion"}
 
 
@@ -140,7 +148,7 @@ def confusion(cases: Iterable["CaseRecord"]) -> dict[str, dict[str, int]]:
 
     Returns:
         for each right tool (or :data:`NO_CALL`), how often each tool was called first. An answer that could not be
-        read counts as :data:`UNREADABLE`.
+        read counts as :data:`UNREADABLE`, whatever name a model made up as :data:`UNKNOWN`.
     """
     counts: dict[str, Counter[str]] = {}
     for case in cases:
@@ -151,8 +159,15 @@ def confusion(cases: Iterable["CaseRecord"]) -> dict[str, dict[str, int]]:
             called = UNREADABLE
         else:
             called = case.got[0]["tool"] or UNREADABLE if case.got else NO_CALL
+        if called in _unknown(case):
+            called = UNKNOWN
         counts.setdefault(right, Counter())[called] += 1
-    return {right: dict(counts[right]) for right in sorted(counts, key=lambda name: (name == NO_CALL, name))}
+    return {right: dict(counts[right]) for right in sorted(counts, key=_tools_first)}
+
+
+def _tools_first(name: str) -> tuple[int, str]:
+    others = (NO_CALL, UNKNOWN, UNREADABLE)
+    return (others.index(name) + 1 if name in others else 0), name
 
 
 def _with_others(
@@ -162,17 +177,32 @@ def _with_others(
 
 
 def _tools(case: "CaseRecord") -> list[str]:
-    return sorted({call["tool"] for call in (*case.expected, *case.got) if call["tool"]})
+    """Returns the tools that a case can be found by; a name that the model made up is found by its fault."""
+    return sorted({call["tool"] for call in (*case.expected, *case.got) if call["tool"]} - _unknown(case))
 
 
-def _figures(gate: GateResult) -> tuple[str, str]:
-    """Returns what was measured and what is wanted, as texts."""
+def _unknown(case: "CaseRecord") -> set[str | None]:
+    return {fault.tool for fault in case.faults if fault.type == "unknown_tool"}
+
+
+class _Figures(NamedTuple):
+    """What was measured and what is wanted, and how sure the first is, as texts."""
+
+    measured: str
+    target: str
+    interval: str
+
+
+def _figures(gate: GateResult) -> _Figures:
+    low, high = gate.interval or (None, None)
     if gate.name == LATENCY_GATE:
-        return ("not measured" if gate.value is None else f"{gate.value:.0f} ms"), f"< {gate.target:.0f} ms"
+        return _Figures("-" if gate.value is None else f"{gate.value:.0f} ms", f"< {gate.target:.0f} ms", "-")
     if gate.name == CHAMPION_GATE:
         measured = "-" if gate.value is None else f"{gate.value * 100:+.1f} points"
-        return measured, f"≥ {gate.target * 100:+.1f} points"
-    return ("not measured" if gate.value is None else f"{gate.value:.1%}"), f"> {gate.target:.1%}"
+        interval = "-" if low is None or high is None else f"{low * 100:+.1f} to {high * 100:+.1f}"
+        return _Figures(measured, f"≥ {gate.target * 100:+.1f} points", interval)
+    interval = "-" if low is None or high is None else f"{low:.1%} to {high:.1%}"
+    return _Figures("-" if gate.value is None else f"{gate.value:.1%}", f"> {gate.target:.1%}", interval)
 
 
 def _histogram(latency: "Latency | None") -> Chart | None:
@@ -194,8 +224,12 @@ def _histogram(latency: "Latency | None") -> Chart | None:
         )
         for place in range(count)
     )
-    x_axis = (Axis(_LEFT, f"{low:.0f} ms"), Axis(_WIDTH - 30, f"{low + count * step:.0f} ms"))
-    return Chart(_WIDTH, _HEIGHT, _LEFT, floor, bars, (), x_axis, (Axis(10, str(most)), Axis(floor, "0")))
+    x_axis = (Axis(_LEFT + 24, f"{low:.0f} ms"), Axis(_WIDTH - 30, f"{low + count * step:.0f} ms"))
+    marks = tuple(
+        Axis(_LEFT + (value - low) / (count * step) * (_WIDTH - _LEFT), name)
+        for value, name in ((latency.p50_ms, "p50"), (latency.p95_ms, "p95"))
+    )
+    return Chart(_WIDTH, _HEIGHT, _LEFT, floor, bars, (), x_axis, (Axis(10, str(most)), Axis(floor, "0")), marks)
 
 
 def _load_chart(load: "LoadCurve | None") -> Chart | None:

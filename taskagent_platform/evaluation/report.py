@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.domains.base import Message
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.evaluation.comparison import champion_gate, compare, comparison_lines
+from taskagent_platform.evaluation.comparison import PairedRate, champion_gate, compare, comparison_lines
 from taskagent_platform.evaluation.gate import LATENCY_GATE, GateResult
 from taskagent_platform.evaluation.latency import Latency
 from taskagent_platform.evaluation.load_curve import LoadCurve
@@ -28,6 +28,7 @@ from taskagent_platform.settings import GateSettings
 
 REPORT_FILE = "report.json"
 TEXT_FILE = "report.txt"
+VERDICT_FILE = "verdict.json"
 PLAIN_SLICE = "plain"
 """What cases that name no slice are counted as."""
 _SAMPLE_OF_FAILURES = 10
@@ -207,6 +208,22 @@ class EvalReport(_Model):
         return tuple(case for case in self.asked if not case.passed)
 
 
+class EvalVerdict(_Model):
+    """What came of a report when it was written; whoever deploys judges it anew.
+
+    Attributes:
+        passed: whether every gate let the model through.
+        gates: as they were judged.
+        against_base: the comparison with the base model; empty if there was none.
+        against_champion: the comparison with the model that this one would replace; empty if there was none.
+    """
+
+    passed: bool
+    gates: tuple[GateResult, ...]
+    against_base: tuple[PairedRate, ...]
+    against_champion: tuple[PairedRate, ...]
+
+
 def metrics_of(cases: Sequence[CaseRecord], gates: GateSettings) -> dict[MetricName, Metric]:
     """Computes the metrics from the cases."""
     counts: dict[MetricName, tuple[int, int]] = {}
@@ -230,11 +247,12 @@ def judged_value(rate: Rate, gates: GateSettings) -> float | None:
 
 
 def slices_of(cases: Iterable[CaseRecord]) -> dict[str, Rate]:
-    """Computes the rate of every slice, over all lists."""
+    """Computes the rate of every slice, over all lists; that of plain cases comes first."""
     passed: dict[str, list[bool]] = {}
     for case in cases:
         passed.setdefault(case.slice or PLAIN_SLICE, []).append(case.passed)
-    return {name: Rate.of(sum(values), len(values)) for name, values in sorted(passed.items())}
+    names = sorted(passed, key=lambda name: (name != PLAIN_SLICE, name))
+    return {name: Rate.of(sum(passed[name]), len(passed[name])) for name in names}
 
 
 def categories_of(cases: Iterable[CaseRecord]) -> dict[str, dict[str, Rate]]:
@@ -344,6 +362,8 @@ def render_report(
             f"  Note: in {report.minefields} cases the model destroyed, or tried to, what nobody had asked to destroy, "
             "or did what a tool result told it to."
         )
+    if report.extra_reads:
+        lines.append(f"  Note: reads that nobody asked for, which are no faults: {report.extra_reads}.")
     lines += ["", *_failure_lines(report.failures)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -356,11 +376,18 @@ def save_report(
     base: EvalReport | None = None,
     champion: EvalReport | None = None,
 ) -> None:
-    """Writes a report into a folder, as JSON, as text and as a page."""
+    """Writes a report into a folder: as JSON, what came of it as JSON, as text and as a page."""
     (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    judged = [*gate_results(report, gates), *([champion_gate(report, champion, gates)] if champion else [])]
+    verdict = EvalVerdict(
+        passed=all(gate.passed for gate in judged),
+        gates=tuple(judged),
+        against_base=() if base is None else compare(report, base),
+        against_champion=() if champion is None else compare(report, champion),
+    )
+    (folder / VERDICT_FILE).write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
     text = render_report(report, gates, base=base, champion=champion)
     (folder / TEXT_FILE).write_text(text, encoding="utf-8")
-    judged = [*gate_results(report, gates), *([champion_gate(report, champion, gates)] if champion else [])]
     page = render_page(report, judged, base=base, champion=champion)
     (folder / PAGE_FILE).write_text(page, encoding="utf-8")
 

@@ -30,6 +30,20 @@ def test_cases_are_paired_by_what_was_asked() -> None:
     assert compare(ours, asked_otherwise) == ()
 
 
+def test_robustness_cases_are_compared_apart_and_not_by_the_gate() -> None:
+    hard = tuple(record("abstention", n, True) for n in range(100, 120))
+    ours = of(
+        {"tool_selection": [True] * 4}, robustness=tuple(case.model_copy(update={"passed": False}) for case in hard)
+    )
+    theirs = of({"tool_selection": [True] * 4}, robustness=hard)
+    selection, together, robustness = compare(ours, theirs)
+    assert [pair.name for pair in (selection, together, robustness)] == ["tool_selection", "all", "robustness"]
+    assert [pair.n for pair in (selection, together, robustness)] == [4, 4, 20]
+    assert robustness.only_other == 20
+    assert robustness.title == "Robustness cases"
+    assert champion_gate(ours, theirs, GATES).passed
+
+
 @pytest.mark.parametrize(
     ("lost", "won", "margin", "passes"),
     [(0, 0, 0.0, True), (2, 0, 0.02, True), (3, 0, 0.02, False), (3, 1, 0.02, True), (1, 0, 0.0, False)],

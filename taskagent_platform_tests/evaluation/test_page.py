@@ -10,7 +10,7 @@ from typing import Any
 from taskagent_platform.evaluation.comparison import champion_gate
 from taskagent_platform.evaluation.latency import Latency
 from taskagent_platform.evaluation.load_curve import LoadCurve, LoadPoint
-from taskagent_platform.evaluation.page import NO_CALL, UNREADABLE, confusion, render_page, visible
+from taskagent_platform.evaluation.page import NO_CALL, UNKNOWN, UNREADABLE, confusion, render_page, visible
 from taskagent_platform.evaluation.report import CaseRecord, EvalReport, FaultRecord, Rate, Reliability, gate_results
 from taskagent_platform_tests.evaluation.test_report import ALL, GATES, record, report_of
 
@@ -36,6 +36,7 @@ class Page(HTMLParser):
         self.failures: list[dict[str, str | None]] = []
         self.text = ""
         self.script = ""
+        self.source = text
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -88,7 +89,8 @@ def test_what_a_model_wrote_is_text_and_nothing_else() -> None:
 
 def test_the_page_needs_nothing_else_and_may_load_nothing() -> None:
     page = page_of(hostile_report())
-    assert not {name for name, _ in page.attributes} & {"src", "href", "srcset", "action"}
+    assert not {name for name, _ in page.attributes} & {"src", "srcset", "action"}
+    assert all(value and value.startswith("#") for name, value in page.attributes if name == "href")
     policy = next(value for name, value in page.attributes if name == "content" and value and "default-src" in value)
     assert "default-src 'none'" in policy
     digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
@@ -107,6 +109,14 @@ def test_every_failure_is_there_with_what_it_can_be_filtered_by() -> None:
     assert filters == {"list", "verdict", "faults", "tools", "text"}
 
 
+def test_failures_of_robustness_suites_are_marked_as_such() -> None:
+    page = page_of(hostile_report().model_copy(update={"robustness": (failed(9, id="hard"),)}))
+    assert [json.loads(failure["data-suite"] or "") for failure in page.failures] == [["gated"], ["robustness"]]
+    assert "1 of these cases are of the robustness suites" in page.text
+    filters = {value for name, value in page.attributes if name == "data-filter"}
+    assert filters == {"list", "verdict", "faults", "tools", "text", "slice", "suite"}
+
+
 def test_the_figures_are_those_of_the_report() -> None:
     report = report_of(
         {**ALL, "abstention": (3, 4)},
@@ -123,8 +133,10 @@ def test_the_figures_are_those_of_the_report() -> None:
     for shown in (
         "Compared with the base model", "Compared with the champion", "+10.0", "typos", "25.0%", "p95 190 ms",
         "Saturated at 2 requests at once", "k = 2", "80.0%", "2 at once: 1.50 requests/s", "PASS: ready",
+        "+3.3 points", "+1.2 to +5.4",
     ):  # fmt: skip
         assert shown in text, shown
+    assert "1.2% to 5.4%" not in text, "a difference is told in points"
     assert page.tags.count("circle") == 3
     assert page.tags.count("rect") == 4
 
@@ -141,11 +153,14 @@ def test_confusion_counts_the_tool_called_first() -> None:
     cases = [
         case(1, "add", "add"), case(2, "add", "list", "add"), case(3, "add"), case(4, None, "add"), case(5, None),
         case(6, "add", "add", verdict="malformed"), case(7, "add", "list", list_name="multi_tool_chains"),
+        case(8, "add", "fly", faults=(FaultRecord(type="unknown_tool", sentence="x", tool="fly"),)),
     ]  # fmt: skip
     assert confusion(cases) == {
-        "add": {"add": 1, "list": 1, NO_CALL: 1, UNREADABLE: 1},
+        "add": {"add": 1, "list": 1, NO_CALL: 1, UNREADABLE: 1, UNKNOWN: 1},
         NO_CALL: {"add": 1, NO_CALL: 1},
     }
+    page = page_of(report_of({}, cases=tuple(cases)))
+    assert "fly" not in re.findall(r"<option>(\w+)", page.source), "a made-up name is found by its fault"
 
 
 def test_invisible_characters_are_written_out() -> None:

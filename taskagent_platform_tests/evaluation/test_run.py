@@ -8,8 +8,16 @@ import pytest
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.client import request_body
+from taskagent_platform.evaluation.comparison import champion_gate, compare
 from taskagent_platform.evaluation.load_curve import LoadPoint, saturation
-from taskagent_platform.evaluation.report import EvalReport, gate_results, load_report, render_report, save_report
+from taskagent_platform.evaluation.report import (
+    EvalReport,
+    EvalVerdict,
+    gate_results,
+    load_report,
+    render_report,
+    save_report,
+)
 from taskagent_platform.evaluation.run import conditions, evaluate
 from taskagent_platform.evaluation.suite import Suite, load_suite
 from taskagent_platform.settings import Settings, load_settings
@@ -152,6 +160,7 @@ def test_an_error_of_a_tool_goes_back_to_the_model(settings: Settings, suite: Su
     report = measure(settings, suite, server)
     assert report.failures == ()
     assert report.extra_reads == 1
+    assert "reads that nobody asked for, which are no faults: 1." in render_report(report, settings.gates)
     results = [m["content"] for body in server.bodies for m in body["messages"] if m["role"] == "tool"]
     assert '{"error": "not_found", "message": "there is no lamp lamp_9"}' in results
 
@@ -315,6 +324,16 @@ def test_a_report_is_written_and_read_again(settings: Settings, suite: Suite, tm
     assert load_report(tmp_path) == report
     assert (tmp_path / "report.txt").read_text() == render_report(report, settings.gates)
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
+    verdict = EvalVerdict.model_validate_json((tmp_path / "verdict.json").read_text())
+    assert verdict.gates == tuple(gate_results(report, settings.gates))
+    assert (verdict.passed, verdict.against_base, verdict.against_champion) == (False, (), ())
+    better = measure(settings, suite, LightServer(RIGHT))
+    save_report(better, tmp_path, settings.gates, base=report, champion=better)
+    verdict = EvalVerdict.model_validate_json((tmp_path / "verdict.json").read_text())
+    assert verdict.passed
+    assert verdict.against_base == compare(better, report)
+    assert verdict.against_champion == compare(better, better)
+    assert verdict.gates[-1] == champion_gate(better, better, settings.gates)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(PlatformError, match="is damaged"):
         load_report(tmp_path)
