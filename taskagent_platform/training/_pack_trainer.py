@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from taskagent_platform.training._checkpoints import CheckpointTrainer
 from taskagent_platform.training._tree_attention import TREE, Tree, tree_block_mask, tree_mask
@@ -61,13 +62,14 @@ def pack_loss(model: torch.nn.Module, inputs: dict[str, Any], label_count: Tenso
     """Returns the loss of a collated pack.
 
     Args:
-        model: a causal language model, or a PEFT model around one.
+        model: a causal language model, or a PEFT model around one; may be wrapped for several processes.
         inputs: what :class:`PackCollator` returns.
         label_count: divides the summed loss; the pack's own number of labels if None.
     """
     tree, device = inputs["tree"], inputs["input_ids"].device
     attention: dict[str, Any] = {"tree": tree}
-    if (implementation := model.config._attn_implementation) == FLEX:
+    config = (model.module if isinstance(model, DistributedDataParallel) else model).config
+    if (implementation := config._attn_implementation) == FLEX:
         attention = {"attention_mask": tree_block_mask(tree.nodes, device)}
     elif implementation != TREE:
         attention = {"attention_mask": tree_mask(tree.nodes, device)}

@@ -33,11 +33,15 @@ _ALLOCATOR = {
 
 
 def payload_environment() -> dict[str, str]:
-    """Returns the environment that a payload runs in: allocator, threads, no network."""
+    """Returns the environment that a payload runs in."""
+    return {**os.environ, **payload_variables()}
+
+
+def payload_variables() -> dict[str, str]:
+    """Returns the variables that the platform sets for a payload: allocator, threads, no network."""
     threads = str(len(os.sched_getaffinity(0)))
     path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
     return {
-        **os.environ,
         **_ALLOCATOR,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", threads),
@@ -53,7 +57,7 @@ def run_payload(task: str, spec: Mapping[str, Any], log_file: Path, on_log: OnLo
     """Runs one task of the payload and waits for its result.
 
     Args:
-        task: the payload's function: ``fine_tune`` or ``merge``.
+        task: the payload's function: ``fine_tune``, ``held_out_loss`` or ``merge``.
         spec: its arguments, JSON-able.
         log_file: gets everything that the process writes besides its progress.
         on_log: called in this thread with every progress record.

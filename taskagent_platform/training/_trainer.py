@@ -57,7 +57,7 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     _tree_attention.register()
     trainer = (PackTrainer if prefix else CheckpointTrainer)(
         model=load_model(Path(spec["base_folder"]), chosen, attention, device),
-        args=training_arguments(chosen, Path(spec["checkpoints"]), rows, device),
+        args=training_arguments(chosen, Path(spec["checkpoints"]), rows, device, spec["processes"]),
         data_collator=rows.collator,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
@@ -89,10 +89,11 @@ def run(trainer: CheckpointTrainer, rows: Rows, spec: dict[str, Any], emit: Emit
     if rows.evaluation is not None and not (last.get("step") == trainer.state.global_step and "eval_loss" in last):
         trainer.evaluate()
     seconds = time.monotonic() - start
-    adapter = Path(spec["adapter_folder"])
-    trainer.model.save_pretrained(adapter)
-    # PEFT's own card holds nothing but placeholders.
-    (adapter / "README.md").unlink(missing_ok=True)
+    if trainer.is_world_process_zero():
+        adapter = Path(spec["adapter_folder"])
+        trainer.model.save_pretrained(adapter)
+        # PEFT's own card holds nothing but placeholders.
+        (adapter / "README.md").unlink(missing_ok=True)
     losses = [record["loss"] for record in progress.history if "loss" in record]
     eval_losses = [record["eval_loss"] for record in progress.history if "eval_loss" in record]
     return {
@@ -169,9 +170,18 @@ def load_model(folder: Path, chosen: dict[str, Any], attention: str, device: tor
 
 
 def training_arguments(
-    chosen: dict[str, Any], folder: Path, rows: Rows, device: torch.device, **more: Any
+    chosen: dict[str, Any], folder: Path, rows: Rows, device: torch.device, processes: int = 1, **more: Any
 ) -> SFTConfig:
-    """Returns TRL's configuration for the chosen training settings; ``more`` replaces single values."""
+    """Returns TRL's configuration for the chosen training settings.
+
+    Args:
+        chosen: the settings.
+        folder: where checkpoints go.
+        rows: what is trained on.
+        device: what it is computed with.
+        processes: that share the batches of a step; the step is the same for any number.
+        more: replaces single values.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     own_packing = chosen["packing"] == "trl"
     on_gpu = device.type == "cuda"
@@ -179,7 +189,7 @@ def training_arguments(
         "output_dir": str(folder),
         "per_device_train_batch_size": chosen["batch_size"],
         "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": chosen["gradient_accumulation"],
+        "gradient_accumulation_steps": chosen["gradient_accumulation"] // processes,
         "num_train_epochs": chosen["epochs"],
         "learning_rate": chosen["learning_rate"],
         "lr_scheduler_type": chosen["scheduler"],

@@ -53,7 +53,13 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
         model=model,
         # The model checkpoints its activations itself, and its own patched loss replaces TRL's chunked one.
         args=training_arguments(
-            chosen, Path(spec["checkpoints"]), rows, device, gradient_checkpointing=False, loss_type="nll"
+            chosen,
+            Path(spec["checkpoints"]),
+            rows,
+            device,
+            spec["processes"],
+            gradient_checkpointing=False,
+            loss_type="nll",
         ),
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,

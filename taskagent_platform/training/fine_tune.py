@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ EVALUATION_EXAMPLES = 64
 EVALUATION_TOKENS_ON_CPU = 6144
 """Tokens at most that an evaluation computes on a CPU: 15 s of two cores at 135M parameters."""
 _PROBES = 6
+# How many processes share a step's batches changes nothing but how sums are rounded.
+_WITHOUT_INFLUENCE = {"converged_loss", "processes", "ray_address"}
 
 
 def fine_tune_settings(settings: Settings) -> dict[str, Any]:
     """Returns the settings that decide what the adapter is."""
     return {
-        **settings.training.model_dump(mode="json"),
+        **settings.training.model_dump(mode="json", exclude=_WITHOUT_INFLUENCE),
         "seed": settings.seed,
         "load_in_4bit": settings.base_model.load_in_4bit,
     }
@@ -50,6 +53,8 @@ def fine_tune(
     """Trains a LoRA adapter in a process of its own and publishes it.
 
     A run that was cut off goes on from its last checkpoint if base model, data, settings and code are the same.
+    Another base model, dataset (by its digest among ``inputs``), setting or code starts anew; data that changed under
+    the same digest are refused.
 
     Args:
         settings: ``training`` and ``seed`` are used.
@@ -67,17 +72,19 @@ def fine_tune(
         ``packing`` and ``backend`` as they ran, ``resumed_from`` (steps) and ``peak_memory_gib``.
 
     Raises:
-        PlatformError: a bad example (file and line), a diverging loss, a full disk, a killed process.
+        PlatformError: a bad example (file and line), a diverging loss, a full disk, a killed process, data that
+            changed under a run that was cut off.
     """
+    _refuse_without_package(settings)
     base = read_manifest(base_folder, kind="base_model")
-    _refuse_impossible(settings)
-    chosen = fine_tune_settings(settings)
+    chosen, training = fine_tune_settings(settings), settings.training
     data = {"train": file_digest(train_jsonl), "eval": file_digest(eval_jsonl)}
     version = code_version("training")
-    spec_digest = digest_of({"base": base.digest, "data": data, "settings": chosen, "code": version})
-    # A folder for each specification: another one neither resumes from these checkpoints nor destroys them.
     work = adapter_folder.parent / f".{adapter_folder.name}.training"
-    checkpoints = work / spec_digest[:16]
+    # A folder for each specification: another one neither resumes from these checkpoints nor destroys them.
+    specification = digest_of({"base": base.digest, "inputs": dict(inputs), "settings": chosen, "code": version})[:16]
+    checkpoints = work / f"{specification}.{digest_of(data)[:16]}"
+    _refuse_other_data(work, specification, checkpoints, train_jsonl)
     details: dict[str, Any] = {}
     with new_artifact(
         adapter_folder, kind=KIND, inputs=inputs, settings=chosen, code_version=version, details=details
@@ -90,6 +97,8 @@ def fine_tune(
                 "eval_jsonl": str(eval_jsonl),
                 "data": data,
                 "settings": chosen,
+                "processes": training.processes,
+                "ray_address": training.ray_address,
                 "adapter_folder": str(scratch),
                 "checkpoints": str(checkpoints),
                 "evaluation_examples": EVALUATION_EXAMPLES,
@@ -106,14 +115,24 @@ def fine_tune(
     return read_manifest(adapter_folder, kind=KIND)
 
 
-def _refuse_impossible(settings: Settings) -> None:
+def _refuse_without_package(settings: Settings) -> None:
+    """Refuses, before anything loads, what needs a package that this environment lacks."""
     training = settings.training
-    if training.backend == "unsloth" and training.dtype == "float32":
-        raise PlatformError("training.backend unsloth computes in 16 bit; set training.dtype to bfloat16 or float16.")
-    if settings.base_model.load_in_4bit and training.dtype == "float32":
-        raise PlatformError("base_model.load_in_4bit needs a 16-bit training.dtype (bfloat16 or float16).")
-    if training.packing == "prefix" and training.dropout > 0:
-        raise PlatformError(
-            "training.packing prefix computes shared tokens once and is exact only without dropout; "
-            "set training.dropout to 0 or training.packing to none."
-        )
+    for wanted, package, remedy in (
+        (training.backend == "unsloth", "unsloth", "set training.backend to trl"),
+        (settings.base_model.load_in_4bit, "bitsandbytes", "set base_model.load_in_4bit to false"),
+        ("8bit" in training.optimizer, "bitsandbytes", "set training.optimizer to adamw_torch"),
+        (bool(training.ray_address), "ray", "install the extra ray, or leave training.ray_address empty"),
+    ):
+        if wanted and find_spec(package) is None:
+            raise PlatformError(f"The package {package}, which the training settings ask for, is missing: {remedy}.")
+
+
+def _refuse_other_data(work: Path, specification: str, checkpoints: Path, train_jsonl: Path) -> None:
+    for last in sorted(work.glob(f"{specification}.*/checkpoint-*")):
+        if last.parent != checkpoints:
+            raise PlatformError(
+                f"{train_jsonl} or the held-out examples beside it changed since the training that was cut off, and "
+                f"its checkpoints in {last.parent} are of the old ones: put these back to go on, or delete that folder "
+                "to begin anew."
+            )

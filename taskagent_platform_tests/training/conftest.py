@@ -6,6 +6,7 @@ import pytest
 
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform.training.base_model import prepare_base_model
+from taskagent_platform_tests.training.small_training import write_data
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,6 +37,12 @@ def base_folder(smoke: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("base") / "base_model"
     prepare_base_model(smoke, folder)
     return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> tuple[Path, Path]:
+    """Training and held-out examples."""
+    return write_data(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,34 +1,25 @@
-import os
+import contextlib
+import random
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from taskagent_platform.artifacts import file_digest, read_manifest
+from taskagent_platform.artifacts import Manifest, file_digest, read_manifest
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform.training._process import run_payload
 from taskagent_platform.training.fine_tune import fine_tune
 from taskagent_platform_tests.training.conversations import example, write_jsonl
-
-STEPS = 6
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> tuple[Path, Path]:
-    train = write_jsonl(tmp_path / "train.jsonl", [example(number, number // 8) for number in range(8 * STEPS)])
-    return train, write_jsonl(tmp_path / "eval.jsonl", [example(1000 + number) for number in range(4)])
-
-
-def settings_with(**training: Any) -> Settings:
-    os.environ.setdefault("TASKAGENT_PROFILE", "smoke")
-    return load_settings(profile="smoke", training={"save_every": 2, **training})
+from taskagent_platform_tests.training.small_training import STEPS, settings_with, write_data
 
 
 @pytest.mark.slow
@@ -65,42 +56,138 @@ def test_other_packings_train_too(packing: str, base_folder: Path, data: tuple[P
     assert losses[-1] < losses[0]
 
 
+def kill_payload() -> None:
+    (payload,) = psutil.Process().children()
+    payload.send_signal(signal.SIGKILL)
+
+
+# Two epochs, so that a run goes on in the middle of the second; the second one also draws random numbers in its steps.
+SURVIVED: dict[str, dict[str, Any]] = {
+    "packs": {"epochs": 2},
+    "dropout": {"epochs": 2, "packing": "none", "dropout": 0.2, "batch_size": 4, "gradient_accumulation": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Manifest]:
+    """Trains without interruption, once for each kind."""
+
+    @cache
+    def train(kind: str) -> Manifest:
+        folder = tmp_path_factory.mktemp("whole")
+        return fine_tune(settings_with(**SURVIVED[kind]), base_folder, *write_data(folder), folder / "lora_adapter", {})
+
+    return train
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", [1, 3, STEPS])
+@pytest.mark.parametrize(
+    ("kind", "kill_at", "goes_on_from"),
+    [
+        ("packs", 1, (0,)),
+        ("packs", 5, (4,)),
+        # At the last step, the kill may come before or after its checkpoint.
+        ("packs", 2 * STEPS, (2 * STEPS - 2, 2 * STEPS)),
+        ("dropout", 9, (8,)),
+    ],
+)
 def test_a_killed_run_ends_with_the_same_adapter(
-    kill_at: int, base_folder: Path, data: tuple[Path, Path], tmp_path: Path
+    kind: str,
+    kill_at: int,
+    goes_on_from: tuple[int, ...],
+    base_folder: Path,
+    data: tuple[Path, Path],
+    tmp_path: Path,
+    whole: Callable[[str], Manifest],
 ) -> None:
-    settings = settings_with()
-    whole = fine_tune(settings, base_folder, *data, tmp_path / "whole", {})
+    settings, folder = settings_with(**SURVIVED[kind]), tmp_path / "lora_adapter"
 
     def kill(record: dict[str, Any]) -> None:
         if record.get("step") == kill_at and "loss" in record:
-            (payload,) = psutil.Process().children()
-            payload.send_signal(signal.SIGKILL)
+            kill_payload()
 
     with pytest.raises(PlatformError, match="was killed"):
-        fine_tune(settings, base_folder, *data, tmp_path / "cut", {}, kill)
-    assert not (tmp_path / "cut").exists()
-    resumed = fine_tune(settings, base_folder, *data, tmp_path / "cut", {})
-    # At the last step, the kill may come before or after its checkpoint.
-    assert resumed.details["resumed_from"] in {1: (0,), 3: (2,), STEPS: (STEPS - 2, STEPS)}[kill_at]
+        fine_tune(settings, base_folder, *data, folder, {}, kill)
+    assert not folder.exists()
+    resumed = fine_tune(settings, base_folder, *data, folder, {})
+    assert resumed.details["resumed_from"] in goes_on_from
+    assert_same_training(resumed, whole(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_killed_at_random_moments_ends_with_the_same_adapter(
+    seed: int, base_folder: Path, data: tuple[Path, Path], tmp_path: Path, whole: Callable[[str], Manifest]
+) -> None:
+    """Twice: at a random moment after a random step, and while a checkpoint is being written."""
+    rng = random.Random(seed)
+    settings, folder = settings_with(**SURVIVED["packs"]), tmp_path / "lora_adapter"
+    step, delay = rng.randrange(1, 2 * STEPS), rng.random() * 0.1
+
+    def kill_later(record: dict[str, Any]) -> None:
+        if record.get("step") == step and "loss" in record:
+            time.sleep(delay)
+            kill_payload()
+
+    over = threading.Event()
+
+    def kill_while_writing() -> None:
+        while not over.wait(0.001):
+            if list(tmp_path.glob(".lora_adapter.training/*/.writing/*/*")):
+                kill_payload()
+                return
+
+    with contextlib.suppress(PlatformError):  # it may come to its end before the signal
+        fine_tune(settings, base_folder, *data, folder, {}, kill_later)
+    killing = threading.Thread(target=kill_while_writing)
+    killing.start()
+    with contextlib.suppress(PlatformError):
+        fine_tune(settings, base_folder, *data, folder, {})
+    over.set()
+    killing.join()
+    assert_same_training(fine_tune(settings, base_folder, *data, folder, {}), whole("packs"))
+
+
+def assert_same_training(resumed: Manifest, whole: Manifest) -> None:
     assert resumed.files["adapter_model.safetensors"] == whole.files["adapter_model.safetensors"]
     losses = [[r["loss"] for r in one.details["history"] if "loss" in r] for one in (whole, resumed)]
+    assert len(losses[0]) == whole.details["steps"]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_other_data_start_anew(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+def test_data_that_changed_are_not_gone_on_with(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "lora_adapter"
+
     def stop(record: dict[str, Any]) -> None:
-        if record.get("step") == 3:
+        if record.get("step") == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(settings_with(), base_folder, *data, tmp_path / "lora_adapter", {}, stop)
-    assert list(tmp_path.glob(".lora_adapter.training/*/checkpoint-2"))
+        fine_tune(settings_with(), base_folder, *data, folder, {"training_dataset": "1"}, stop)
+    kept = sorted(path.name for path in tmp_path.glob(".lora_adapter.training/*/checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-4"]
     assert not psutil.Process().children()
     write_jsonl(data[0], [example(number) for number in range(16)])
-    assert fine_tune(settings_with(), base_folder, *data, tmp_path / "lora_adapter", {}).details["resumed_from"] == 0
+    with pytest.raises(PlatformError, match=r"train\.jsonl .* changed since the training that was cut off"):
+        fine_tune(settings_with(), base_folder, *data, folder, {"training_dataset": "1"})
+    assert sorted(path.name for path in tmp_path.glob(".lora_adapter.training/*/checkpoint-*")) == kept
+    # A dataset that was made again is another one.
+    anew = fine_tune(settings_with(), base_folder, *data, folder, {"training_dataset": "2"})
+    assert anew.details["resumed_from"] == 0
+
+
+@pytest.mark.slow
+def test_old_checkpoints_are_pruned(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    seen = set()
+
+    def look(record: dict[str, Any]) -> None:
+        seen.add(tuple(sorted(path.name for path in tmp_path.glob(".lora_adapter.training/*/checkpoint-*"))))
+
+    fine_tune(settings_with(save_every=1), base_folder, *data, tmp_path / "lora_adapter", {}, look)
+    assert max(map(len, seen)) in (2, 3), "two are kept, and a third is there for the moment of the pruning"
+    assert not [names for names in seen if "checkpoint-1" in names and "checkpoint-4" in names]
+    assert not list(tmp_path.glob(".lora_adapter*")), "once the adapter is there, none is needed"
 
 
 @pytest.mark.slow
@@ -133,17 +220,22 @@ def test_a_diverging_loss_is_an_error(base_folder: Path, data: tuple[Path, Path]
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_checkpoint(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
-    """A file where checkpoints are written stands for the full disk."""
+@pytest.mark.parametrize("room", [1000, 300_000], ids=["in the adapter", "in the tokenizer"])
+def test_a_full_disk_keeps_the_last_checkpoint(
+    room: int, base_folder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A limit on the size of files, set while the training runs, stops a write in its middle as a full disk does."""
 
-    def block(record: dict[str, Any]) -> None:
-        if record.get("step") == 3:
-            (folder,) = tmp_path.glob(".lora_adapter.training/*/")
-            (folder / ".writing").touch()
+    def fill(record: dict[str, Any]) -> None:
+        if record.get("step") == 3 and "loss" in record:
+            (payload,) = psutil.Process().children()
+            payload.rlimit(psutil.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
-    with pytest.raises(PlatformError, match="could not be written"):
-        fine_tune(settings_with(), base_folder, *data, tmp_path / "lora_adapter", {}, block)
-    assert list(tmp_path.glob(".lora_adapter.training/*/checkpoint-2"))
+    folder = tmp_path / "lora_adapter"
+    with pytest.raises(PlatformError, match=r"step 4 could not be written .* Free some space"):
+        fine_tune(settings_with(), base_folder, *data, folder, {}, fill)
+    assert [path.name for path in tmp_path.glob(".lora_adapter.training/*/*")] == ["checkpoint-2"]
+    assert fine_tune(settings_with(), base_folder, *data, folder, {}).details["resumed_from"] == 2
 
 
 @pytest.mark.slow
@@ -169,16 +261,21 @@ def test_a_bad_example_names_file_and_line(
         fine_tune(settings_with(), base_folder, *data, tmp_path / "lora_adapter", {})
 
 
-def test_impossible_settings_are_refused_before_anything_loads(base_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("training", "package"),
+    [
+        ({"backend": "unsloth", "dtype": "bfloat16"}, "unsloth"),
+        ({"optimizer": "paged_adamw_8bit"}, "bitsandbytes"),
+        ({"ray_address": "auto"}, "ray"),
+    ],
+)
+def test_a_missing_package_is_named_before_anything_loads(
+    training: dict[str, Any], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("taskagent_platform.training.fine_tune.find_spec", lambda name: None)
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
-    for training, message in (
-        ({"dropout": 0.1}, "exact only without dropout"),
-        ({"backend": "unsloth"}, "unsloth computes in 16 bit"),
-    ):
-        start = time.monotonic()
-        with pytest.raises(PlatformError, match=message):
-            fine_tune(settings_with(**training), base_folder, empty, empty, tmp_path / "a", {})
-        assert time.monotonic() - start < 2
+    with pytest.raises(PlatformError, match=f"The package {package}, .* is missing: "):
+        fine_tune(settings_with(**training), tmp_path / "no base model", empty, empty, tmp_path / "a", {})
 
 
 def test_the_orchestrator_imports_no_torch() -> None:
