@@ -61,7 +61,7 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
     )
     details = {
         "source": source,
-        "licence": _LICENCES.get(source, "see the base model's own card"),
+        "licence": _LICENCES.get(source) or _licence_of(source),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "architecture": type(model).__name__,
     }
@@ -142,14 +142,33 @@ def _tiny(seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 
 def _pretrained(source: str, dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        # Before the weights, which may be many gigabytes.
+        if getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None:
+            raise PlatformError(
+                f"The base model {source} is quantized, and an adapter is merged into 16-bit weights: name the model "
+                "that it was made from; base_model.load_in_4bit quantizes that one for training."
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise PlatformError(_why_missing(source, error)) from error
     return model, tokenizer
+
+
+def _licence_of(source: str) -> str:
+    """Returns the licence that the base model's own card names."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError
+
+    card = Path(source) / "README.md"
+    try:
+        found = ModelCard.load(card if card.parent.is_dir() else source, ignore_metadata_errors=True).data
+    except (OSError, ValueError, EntryNotFoundError):
+        found = None
+    return getattr(found, "license_name", None) or getattr(found, "license", None) or "see the base model's own card"
 
 
 def _why_missing(source: str, error: Exception) -> str:

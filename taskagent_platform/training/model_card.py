@@ -1,5 +1,6 @@
 """The model card of a merged model."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from taskagent_platform.artifacts import Manifest
 
 _SETTINGS = (
     "rank", "alpha", "dropout", "epochs", "batch_size", "gradient_accumulation", "pack_examples", "learning_rate",
-    "scheduler", "warmup_ratio", "optimizer", "dtype", "seed",
+    "scheduler", "warmup_ratio", "optimizer", "max_length", "dtype", "load_in_4bit", "seed",
 )  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def model_card(name: str, base: Manifest, adapter: Manifest, merged: Mapping[str
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
+license: other
+license_name: {json.dumps(licence)}
 tags: [tool-calling, lora]
 ---
 # {name}

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,36 @@ def test_a_local_folder_is_taken_as_it_is(base_folder: Path, tmp_path: Path, mon
     settings = load_settings(profile="smoke", base_model={"source": str(base_folder)})
     manifest = prepare_base_model(settings, tmp_path / "base_model")
     assert manifest.files["model.safetensors"] == read_manifest(base_folder).files["model.safetensors"]
+
+
+def test_a_quantized_model_is_refused_before_its_weights_are_read(tmp_path: Path, smoke: Settings) -> None:
+    source = tmp_path / "model-bnb-4bit"
+    source.mkdir()
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    (source / "config.json").write_text(json.dumps(config))
+    settings = load_settings(profile="smoke", base_model={"source": str(source)})
+    with pytest.raises(PlatformError, match=r"model-bnb-4bit is quantized, .*load_in_4bit quantizes that one"):
+        prepare_base_model(settings, tmp_path / "base_model")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: llama3.2\n---\n# A model\n", "llama3.2"),
+        ("---\nlicense: other\nlicense_name: lamp-1.0\n---\n", "lamp-1.0"),
+        ("# A card that names none\n", "see the base model's own card"),
+        (None, "see the base model's own card"),
+    ],
+)
+def test_the_licence_is_the_one_that_the_models_own_card_names(
+    card: str | None, licence: str, base_folder: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(base_folder, source)
+    if card is not None:
+        (source / "README.md").write_text(card)
+    settings = load_settings(profile="smoke", base_model={"source": str(source)})
+    assert prepare_base_model(settings, tmp_path / "base_model").details["licence"] == licence
 
 
 @pytest.mark.slow

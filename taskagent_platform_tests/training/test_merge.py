@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
@@ -58,6 +59,7 @@ def test_the_folder_is_ready_for_a_server(base_folder: Path, adapter: Path, smok
     card = (folder / "README.md").read_text()
     for text in ("Licence of the base model: Apache-2.0", "abc123", "| rank | 32 |", "| evaluation loss | "):
         assert text in card
+    assert yaml.safe_load(card.split("---\n")[1])["license_name"].startswith("Apache-2.0")
 
 
 def test_half_precision_is_checked_with_its_own_tolerance(base_folder: Path, adapter: Path, tmp_path: Path) -> None:
