@@ -1,6 +1,7 @@
 """The LoRA adapter: training, watched live, and the check that it converged."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -11,17 +12,17 @@ from taskagent_platform.data.training_dataset import KIND as DATASET
 from taskagent_platform.defs.figures import loss_curve
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
-from taskagent_platform.defs.tracking import MODEL_TAG, Tracking
+from taskagent_platform.defs.tracking import MODEL_TAG, TrackedRun, Tracking
+from taskagent_platform.defs.training_config import TrainingConfig
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.launchers.routes import GPU_POOL
+from taskagent_platform.settings import Settings, with_training
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.fine_tune import KIND, fine_tune, fine_tune_settings
 
-CONVERGED_LOSS = 0.1
-"""The specification's bound on the final training loss."""
 RISING = 1.1
 """Evaluation loss at the end, as a multiple of its lowest value, from which on it counts as rising."""
-_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "examples_per_s")
+_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_s", "examples_per_s", "eta_s")
 _SHOWN = (
     "final_loss", "eval_loss", "steps", "examples", "examples_per_s", "tokens_computed", "tokens_plain", "packing",
     "backend", "resumed_from", "peak_memory_gib",
@@ -35,17 +36,19 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
         deps=(BASE, DATASET),
         kinds={"pytorch", "huggingface", "mlflow"},
         description="The fine-tuned part: a LoRA adapter, trained with TRL and PEFT on what the assistant says. Loss "
-        "and time left appear here as observations while it trains; the curve is in MLflow too.",
+        "and time left appear here as observations while it trains; the curve is in MLflow too. The launchpad takes "
+        "other settings for one run.",
         code=("training",),
         pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)
     def adapter(
-        context: dg.AssetExecutionContext, platform: Platform, tracking: Tracking
+        context: dg.AssetExecutionContext, config: TrainingConfig, platform: Platform, tracking: Tracking
     ) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
-            inputs = {name: stage.upstream(name).digest for name in (BASE, DATASET)}
+            stage.settings = with_training(stage.settings, config.changes())
+            inputs = {name: stage.upstream(name, verify=True).digest for name in (BASE, DATASET)}
             found = find_artifact(
                 stage.folder(),
                 kind=KIND,
@@ -68,42 +71,62 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
 
 
 def _train(stage: Stage, tracking: Tracking, inputs: dict[str, str]) -> Manifest:
-    folder = stage.folder(DATASET)
-    experiment = stage.domain.name
-    with tracking.new_run(stage.settings, experiment, "fine-tuning", stage.context.run.run_id) as run:
-        run.set_parameters({**fine_tune_settings(stage.settings), **{f"input.{k}": v for k, v in inputs.items()}})
+    with tracking.new_run(stage.settings, stage.domain.name, "fine-tuning", stage.context.run.run_id) as run:
         stage.say(f"MLflow run: {run.url}")
+        return train_tracked(stage, run, stage.settings, stage.folder(), inputs)
 
-        def on_log(record: dict[str, Any]) -> None:
-            if "step" not in record:
-                stage.say(f"Training: {record.get('stage', record)}")
-                return
-            run.log({name: record[name] for name in _LOGGED if name in record}, record["step"])
-            stage.observe(record, now="eval_loss" in record or record["step"] >= record["steps"])
 
-        manifest = fine_tune(
-            stage.settings,
-            stage.folder(BASE),
-            folder / TRAIN_FILE,
-            folder / EVALUATION_FILE,
-            stage.folder(),
-            inputs,
-            on_log,
-        )
-        run.set_tag(MODEL_TAG, manifest.digest)
+def train_tracked(
+    stage: Stage, run: TrackedRun, settings: Settings, adapter_folder: Path, inputs: dict[str, str]
+) -> Manifest:
+    """Trains an adapter on the domain's dataset; its figures appear as they come in MLflow and at the stage's asset.
+
+    Args:
+        stage: the asset that is being made.
+        run: MLflow's run.
+        settings: of the training.
+        adapter_folder: where the adapter goes.
+        inputs: digests of base model and dataset.
+    """
+    data = stage.folder(DATASET)
+    run.set_parameters({**fine_tune_settings(settings), **{f"input.{k}": v for k, v in inputs.items()}})
+    shown: set[int] = set()
+
+    def log(record: dict[str, Any]) -> None:
+        run.log({name: record[name] for name in _LOGGED if name in record}, record["step"])
+
+    def on_log(record: dict[str, Any]) -> None:
+        if "step" not in record:
+            stage.say(f"Training: {record.get('stage', record)}")
+            return
+        shown.add(record["step"])
+        log(record)
+        stage.observe(record, now="eval_loss" in record or record["step"] >= record["steps"])
+
+    manifest = fine_tune(
+        settings, stage.folder(BASE), data / TRAIN_FILE, data / EVALUATION_FILE, adapter_folder, inputs, on_log
+    )
+    # Steps before a run that was cut off and gone on with belong to the curve, too.
+    for record in manifest.details["history"]:
+        if record["step"] not in shown:
+            log(record)
+    run.set_tag(MODEL_TAG, manifest.digest)
     return manifest
 
 
 def lora_adapter_checks(domain: Domain) -> dg.AssetChecksDefinition:
     """Builds the checks of the training's course.
 
-    Divergence blocks. A final loss above the specification's bound is a warning: what the model can do is judged by
-    the gates of its evaluation.
+    Divergence blocks. A final loss above the bound is a warning: what the model can do is judged by the gates of its
+    evaluation.
     """
     key = asset_key(domain, KIND)
     specs = [
         dg.AssetCheckSpec(
-            "converged", asset=key, description=f"The training loss ends below {CONVERGED_LOSS} (a warning if not)."
+            "converged",
+            asset=key,
+            description="The training loss ends below training.converged_loss, by default the specification's 0.1 "
+            "(a warning if not).",
         ),
         dg.AssetCheckSpec(
             "no_divergence",
@@ -115,15 +138,16 @@ def lora_adapter_checks(domain: Domain) -> dg.AssetChecksDefinition:
 
     @dg.multi_asset_check(specs=specs, name=f"{domain.name}__lora_adapter_checks")
     def checks(platform: Platform) -> Iterator[dg.AssetCheckResult]:
-        details = platform.finished(platform.settings(), domain, KIND).details
-        final, fault = details["final_loss"], divergence(details["history"])
+        settings = platform.settings()
+        details = platform.finished(settings, domain, KIND).details
+        bound, final, fault = settings.training.converged_loss, details["final_loss"], divergence(details["history"])
         yield dg.AssetCheckResult(
             check_name="converged",
             asset_key=key,
-            passed=final < CONVERGED_LOSS,
+            passed=final < bound,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"The training loss ends at {final:.4f}; the specification's bound is {CONVERGED_LOSS}.",
-            metadata={"final_loss": final, "bound": CONVERGED_LOSS},
+            description=f"The training loss ends at {final:.4f}; the bound is {bound} (training.converged_loss).",
+            metadata={"final_loss": final, "bound": bound},
         )
         yield dg.AssetCheckResult(
             check_name="no_divergence",

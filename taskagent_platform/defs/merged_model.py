@@ -27,7 +27,7 @@ def merged_model(domain: Domain) -> dg.AssetsDefinition:
     @domain_asset(domain, options)
     def model(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
-            inputs = {name: stage.upstream(name).digest for name in (BASE, ADAPTER)}
+            inputs = {name: stage.upstream(name, verify=True).digest for name in (BASE, ADAPTER)}
             found = find_artifact(
                 stage.folder(),
                 kind=KIND,

@@ -61,9 +61,17 @@ class Stage:
         """Returns the folder of this asset, or of another one of the domain."""
         return self.settings.folder(self.domain.name) / (name or self.name)
 
-    def upstream(self, name: str) -> Manifest:
-        """Returns the manifest of an asset that this one is made from. Raises PlatformError if it is not finished."""
-        return read_manifest(self.folder(name), kind=name)
+    def upstream(self, name: str, *, verify: bool = False) -> Manifest:
+        """Returns the manifest of an asset that this one is made from.
+
+        Args:
+            name: the asset.
+            verify: whether to read its files, too.
+
+        Raises:
+            PlatformError: it is not finished, or a file is not what it was when the asset was made.
+        """
+        return read_manifest(self.folder(name), kind=name, verify=verify)
 
     def say(self, text: str) -> None:
         """Logs a line of progress."""
@@ -166,7 +174,11 @@ def process_mark(process: psutil.Process) -> str:
 
 
 def _tag_run(context: dg.AssetExecutionContext, settings: Settings, domain: Domain) -> None:
-    tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: fingerprint(settings, domain)}
+    mark = fingerprint(settings, domain)
+    if given := context.run.run_config.get("ops"):
+        # What the launchpad gave to this run alone makes another outcome of it.
+        mark = digest_of({"settings": mark, "given": given})
+    tags = {PROCESS_TAG: process_mark(psutil.Process()), FINGERPRINT_TAG: mark}
     run = context.instance.get_run_by_id(context.run.run_id)
     if run is not None and not tags.items() <= run.tags.items():
         context.instance.add_run_tags(context.run.run_id, tags)

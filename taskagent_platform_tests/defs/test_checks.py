@@ -7,7 +7,7 @@ import pytest
 
 from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.data.distribution import Distribution
-from taskagent_platform.defs.lora_adapter import CONVERGED_LOSS, divergence, lora_adapter_checks
+from taskagent_platform.defs.lora_adapter import divergence, lora_adapter_checks
 from taskagent_platform.defs.merged_model import merged_model_checks
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.defs.training_dataset import training_dataset_checks
@@ -119,11 +119,13 @@ def test_divergence_is_told_in_a_sentence(history, word):
 
 
 def test_a_final_loss_above_the_bound_warns_and_divergence_is_an_error():
-    make("lora_adapter", {"final_loss": CONVERGED_LOSS, "history": losses(1.0, 2.0)})
+    make("lora_adapter", {"final_loss": 0.1, "history": losses(1.0, 2.0)})
     results = evaluate(lora_adapter_checks(LIGHTS))
+    assert results["converged"].metadata["bound"].value == 0.1, "the specification's, unless a setting says otherwise"
     assert (results["converged"].passed, results["converged"].severity) == (False, dg.AssetCheckSeverity.WARN)
     assert (results["no_divergence"].passed, results["no_divergence"].severity) == (False, dg.AssetCheckSeverity.ERROR)
     assert results["no_divergence"].blocking
+    assert evaluate(lora_adapter_checks(LIGHTS), training={"converged_loss": 0.11})["converged"].passed
 
 
 @pytest.mark.parametrize(("difference", "passed"), [(1e-6, True), (1e-4, True), (2e-4, False)])
