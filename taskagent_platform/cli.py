@@ -84,6 +84,25 @@ def improve(
 
 
 @app.command()
+def sweep(
+    choices: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE,VALUE]...", help="Training settings, such as rank=8,32 learning_rate=1e-3,3e-3."
+        ),
+    ] = None,
+) -> None:
+    """Train with every combination of settings and rank them on held-out examples; the suites are not touched."""
+    from taskagent_platform.demo import INTERRUPTED
+    from taskagent_platform.sweep import grid, run_sweep
+
+    try:
+        typer.echo(run_sweep(_settings(), grid(choices or []), typer.echo), nl=False)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
 def ask(
     text: Annotated[str, typer.Argument(help="The request, in quotes.")],
     yes: Annotated[bool, typer.Option("--yes", help="Approve destructive calls without asking.")] = False,

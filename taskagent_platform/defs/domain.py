@@ -14,6 +14,7 @@ from taskagent_platform.defs.retrain import nightly_retrain, retrain_job
 from taskagent_platform.defs.skill_package import skill_package
 from taskagent_platform.defs.source_datasets import source_dataset
 from taskagent_platform.defs.training_dataset import training_dataset, training_dataset_checks
+from taskagent_platform.defs.training_sweep import sweep_job, training_sweep
 from taskagent_platform.defs.vllm_endpoint import vllm_endpoint
 from taskagent_platform.domains.base import Domain
 
@@ -45,6 +46,7 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             failure_diagnosis(domain),
             targeted_examples(domain),
             bfcl_report(domain),
+            training_sweep(domain),
         ],
         asset_checks=[
             training_dataset_checks(domain),
@@ -52,7 +54,7 @@ def domain_definitions(domain: Domain) -> dg.Definitions:
             merged_model_checks(domain),
             gate_checks(domain),
         ],
-        jobs=[retrain_job(domain), diagnose_job(domain), bfcl_job(domain)],
+        jobs=[retrain_job(domain), diagnose_job(domain), bfcl_job(domain), sweep_job(domain)],
         schedules=[nightly_retrain(domain)],
         sensors=[endpoint_sensor(domain)],
     )

@@ -26,9 +26,14 @@ GRAPH = {
     "failure_diagnosis": ["eval_report", "training_dataset"],
     "targeted_examples": ["failure_diagnosis"],
     "bfcl_report": ["base_model", "merged_model"],
+    "training_sweep": ["base_model", "training_dataset"],
 }
 # The assets that the main job leaves out, by the job that makes them.
-ON_DEMAND = {"diagnose": {"failure_diagnosis", "targeted_examples"}, "bfcl": {"bfcl_report"}}
+ON_DEMAND = {
+    "diagnose": {"failure_diagnosis", "targeted_examples"},
+    "bfcl": {"bfcl_report"},
+    "sweep": {"training_sweep"},
+}
 # Each check, and whether it blocks what comes after.
 CHECKS = {
     "training_dataset": {
