@@ -151,7 +151,8 @@ def compete(name: str, settings: Settings, base: Path, examples: Path) -> dict[s
             max_length=chosen["max_length"],
             learning_rate=chosen["learning_rate"],
             optim="adamw_torch" if device.type == "cpu" else chosen["optimizer"],
-            bf16=chosen["dtype"] == "bfloat16",
+            # As ours: on a CPU the base model's own precision decides, and nothing is cast on the way.
+            bf16=device.type == "cuda" and chosen["dtype"] == "bfloat16",
             gradient_checkpointing=device.type == "cuda",
             use_cpu=device.type == "cpu",
             report_to=[],

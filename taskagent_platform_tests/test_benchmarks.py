@@ -14,8 +14,10 @@ from taskagent_platform.evaluation.answer import read_answer
 from taskagent_platform.settings import PROJECT_ROOT
 from taskagent_platform_tests.evaluation.light_server import LightServer
 from taskagent_platform_tests.serving.fake_server import serve
+from taskagent_platform_tests.training.conversations import example, write_jsonl
 
-PROGRAM = PROJECT_ROOT / "benchmarks" / "evaluation.py"
+BENCHMARKS = PROJECT_ROOT / "benchmarks"
+PROGRAM = BENCHMARKS / "evaluation.py"
 CALL = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
 
 
@@ -72,3 +74,31 @@ def test_both_contestants_are_asked_the_same_cases(tmp_path: Path) -> None:
     # The stand-in answers every case with a text, which is right where no tool is to be called.
     assert sum(found["vllm"]["passed"].values()) == 1
     assert "times as many cases a second" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_way_of_training_is_timed_on_the_same_examples(tmp_path: Path) -> None:
+    # Three packs, each of one date block; the first one is for warming up.
+    data = write_jsonl(tmp_path / "train.jsonl", [example(number, number // 8) for number in range(24)])
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "training.py"), "--data", str(data), "--profile", "smoke"]
+    done = subprocess.run(
+        [*command, "--packs", "2", "--json", str(figures)],
+        env={**os.environ, "TASKAGENT_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert list(found) == ["plain", "trl", "prefix"]
+    assert found["plain"]["examples"] == found["prefix"]["examples"] == 16
+    for one in found.values():
+        assert one["examples_per_s"] == pytest.approx(one["examples"] / one["seconds"])
+        assert one["peak_memory_gib"] > 0.1
+    # A pack holds the tools and the dates once, and plain training each of its eight times.
+    assert found["prefix"]["tokens_per_example"] < found["plain"]["tokens_per_example"] / 2
+    ratio = found["prefix"]["examples_per_s"] / found["plain"]["examples_per_s"]
+    (row,) = [line for line in done.stdout.splitlines() if "prefix-shared packs" in line and "│" in line]
+    assert f" {ratio:.1f} " in row
