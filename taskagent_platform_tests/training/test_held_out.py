@@ -42,7 +42,7 @@ def test_it_is_the_loss_of_all_examples_one_by_one(base_folder: Path, data: tupl
     plain = one_by_one(base)
     adapted = one_by_one(PeftModel.from_pretrained(base, tmp_path / "lora_adapter"))
     assert found == pytest.approx(adapted, rel=1e-4)
-    assert found < plain - 1
+    assert found < plain - 0.5
 
 
 def test_without_an_example_nothing_is_ranked(base_folder: Path, tmp_path: Path) -> None:
