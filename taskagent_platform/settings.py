@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from taskagent_platform.errors import PlatformError
 
@@ -359,6 +359,11 @@ def load_settings(**overrides: Any) -> Settings:
     values = _merge(defaults, {**written, "profile": profile, "home": home})
     try:
         return Settings(**values)
+    except SettingsError as error:
+        raise PlatformError(
+            f"A TASKAGENT_… variable cannot be read ({error}): a list or a mapping is written as JSON, such as "
+            '["one", "two"].'
+        ) from None
     except ValidationError as error:
         raise PlatformError(
             f"A setting is wrong (in {file} or a TASKAGENT_… variable):\n" + "\n".join(_problems(error))

@@ -48,6 +48,12 @@ def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> Non
         load_settings()
 
 
+def test_a_list_that_is_no_json_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKAGENT_MORE_DOMAINS", "customer_support")
+    with pytest.raises(PlatformError, match=r'"more_domains".*written as JSON'):
+        load_settings()
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "native"),
     [
