@@ -44,7 +44,7 @@ from taskagent_platform.serving.gates import (
     read_champion_report,
     report_code_version,
 )
-from taskagent_platform.serving.server import Server, start_server, stop_server
+from taskagent_platform.serving.server import Server, start_server, stop_server, why_ended
 from taskagent_platform.settings import GateSettings, Settings
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.fine_tune import KIND as ADAPTER
@@ -289,6 +289,11 @@ def model_server(
     try:
         yield server
         kept = keep()
+    except PlatformError as error:
+        ended = why_ended(server)
+        if ended is None:
+            raise
+        raise PlatformError(f"The model server ended while it was asked: {ended}") from error
     finally:
         if not kept:
             stop_server(server)
@@ -423,7 +428,7 @@ def _gate_metadata(gate: GateResult) -> dict[str, Any]:
     metadata: dict[str, Any] = {"measured": _measured(gate), "target": _target(gate), "n": gate.n}
     if gate.value is not None:
         metadata["margin"] = _margin(gate)
-        metadata["value"] = gate.value
+        metadata["value"] = round(gate.value, 4)
     if gate.interval is not None:
         low, high = gate.interval
         metadata["interval_95"] = f"{low:.1%} to {high:.1%}"

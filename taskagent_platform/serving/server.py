@@ -218,6 +218,21 @@ def server_is_alive(server: Server) -> bool:
     return server.boot_id == _boot_id() and _is_process(server.pid, server.create_time)
 
 
+def why_ended(server: Server, *, patience_s: float = 3.0) -> str | None:
+    """Returns what the log of a server says of its end; None for one that still runs after the patience.
+
+    Args:
+        server: one that does not answer as it should.
+        patience_s: its clients notice its end sooner than its supervisor does.
+    """
+    deadline = time.monotonic() + patience_s
+    while server_is_alive(server):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.1)
+    return f"{last_error(server.log_file)} The whole output is in {server.log_file}."
+
+
 def server_is_healthy(server: Server, *, timeout_s: float = _HEALTH_TIMEOUT_S) -> bool:
     """Tells whether the server is alive and its ``/health`` answers."""
     return server_is_alive(server) and _answers(server, timeout_s)

@@ -8,13 +8,16 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from taskagent_platform.defs.eval_report import champion_report
+from taskagent_platform.defs import eval_report
+from taskagent_platform.defs.eval_report import champion_report, model_server
 from taskagent_platform.defs.platform import Stage
 from taskagent_platform.domains.task_api import TaskApiDomain
+from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.suite import domain_suites
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving.deployments import deploy, server_files, stop_all
 from taskagent_platform.serving.gates import judge
+from taskagent_platform.serving.server import stop_server
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.serving.fake_model_server import start_fake_server
 from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
@@ -43,6 +46,26 @@ def stage_of(settings: Settings, domain: TaskApiDomain, said: list[str]) -> Stag
         asset_key=dg.AssetKey([domain.name, "eval_report"]),
     )
     return Stage(context, settings, domain, "eval_report")
+
+
+def test_a_step_whose_model_server_was_killed_says_so(
+    settings: Settings, domain: TaskApiDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(settings, domain, [])
+    folder, model = make_model(settings, "one")
+    monkeypatch.setattr(eval_report, "start_server", start_fake_server)
+
+    def ask(*, is_killed: bool) -> None:
+        with model_server(stage, folder, model) as server:
+            server.log_file.write_text("Killed: for want of memory.")
+            if is_killed:
+                stop_server(server)
+            raise PlatformError("It does not answer.")
+
+    with pytest.raises(PlatformError, match=r"ended while it was asked: Killed: for want of memory\. The whole"):
+        ask(is_killed=True)
+    with pytest.raises(PlatformError, match=r"^It does not answer\.$"):
+        ask(is_killed=False)
 
 
 def test_the_champions_report_is_measured_again_when_the_suites_changed(

@@ -32,6 +32,7 @@ from taskagent_platform.serving.server import (
     server_is_healthy,
     start_server,
     stop_server,
+    why_ended,
 )
 from taskagent_platform.settings import Settings, load_settings
 
@@ -218,6 +219,14 @@ def test_a_server_that_ends_without_a_word_is_told(start: Start) -> None:
 def test_a_server_that_is_killed_while_loading_is_said_to_lack_memory(start: Start) -> None:
     with pytest.raises(PlatformError, match=r"ended while loading model: Killed: .*most likely for want of memory"):
         start("killed")
+
+
+def test_a_server_that_is_killed_later_is_said_to_lack_memory(start: Start) -> None:
+    server = start()
+    assert why_ended(server, patience_s=0.1) is None
+    for child in psutil.Process(server.pid).children():
+        child.kill()
+    assert "most likely for want of memory" in str(why_ended(server, patience_s=30))
 
 
 def test_a_server_that_never_answers_is_ended(start: Start, settings: Settings, tmp_path: Path) -> None:
