@@ -15,7 +15,7 @@ from taskagent_platform_tests.switch_domain import SWITCHES
 _VOCABULARY = 512
 _SEED = 42
 _MIXED_UP = {"switch_on": "switch_off", "switch_off": "remove_lamp", "remove_lamp": "switch_on"}
-_STEPS = 200
+_STEPS = 400
 _BATCH = 16
 
 
