@@ -67,8 +67,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     }
     yield made
     taskagent(made, "stop")
-    left = started_here(made)
-    for process in left:
+    left = left_over(made)
+    for process in started_here(made):
         process.kill()
     assert left == []
 
