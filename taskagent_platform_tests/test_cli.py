@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from typing import Any
 
+import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -13,6 +16,7 @@ from taskagent_platform import cli
 from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import load_settings
 
 # None of them is needed to print help.
@@ -250,6 +254,30 @@ def test_a_page_whose_port_is_taken_names_the_setting(command, variable):
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in done.stderr
     assert f"TASKAGENT_PORTS__{variable}" in done.stderr
+
+
+@pytest.mark.slow
+def test_mlflow_opens_on_the_platform_s_store():
+    port = free_port()
+    environment = {**os.environ, "TASKAGENT_PORTS__MLFLOW": str(port)}
+    page = subprocess.Popen([sys.executable, "-m", "taskagent_platform.cli", "mlflow"], env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        while not is_answered(f"http://127.0.0.1:{port}/health"):
+            assert page.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert (load_settings().home / "mlflow" / "mlflow.db").is_file()
+    finally:
+        page.send_signal(signal.SIGINT)
+        page.wait(60)
+
+
+def is_answered(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False, timeout=10).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def test_interrupting_the_demo_ends_with_130(monkeypatch):
