@@ -3,6 +3,7 @@
 Base model, dataset, checkpoints and adapter lie in folders that every machine sees under the same path.
 """
 
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,12 @@ def train(spec: dict[str, Any], emit: OnLog) -> dict[str, Any]:
     # Ray itself counts threads, by what a worker may use of its machine.
     variables = {name: value for name, value in payload_variables().items() if not name.endswith("_NUM_THREADS")}
     try:
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdecimal():
+            # Ray itself goes on asking a silent address for many minutes.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, runtime_env={"env_vars": variables}, log_to_driver=False)
-    except ConnectionError as error:
+    except OSError as error:
         raise PlatformError(
             f"No Ray cluster answers at training.ray_address {address!r}; start one with `ray start`."
         ) from error
