@@ -91,17 +91,18 @@ class Stage:
         self.context.log_event(dg.AssetObservation(asset_key=self.context.asset_key, metadata=known))
 
     def result(self, manifest: Manifest, *, reused: bool, **metadata: Any) -> "dg.MaterializeResult[None]":
-        """Returns the asset's materialization: path, digest, duration, and what else a person wants to see."""
+        """Returns the asset's materialization: what a person wants to see first, then duration, path and digest."""
         if reused:
             self.say(f"{self.name} is up to date: inputs, settings and code are unchanged. Reused.")
         return dg.MaterializeResult(
             metadata={
+                # The page shows them in this order.
+                **{name: value for name, value in metadata.items() if value is not None},
+                "reused": reused,
+                "seconds": round(time.monotonic() - self._begin, 1),
+                "profile": self.settings.profile,
                 "path": dg.MetadataValue.path(self.folder()),
                 "digest": manifest.digest,
-                "reused": reused,
-                "profile": self.settings.profile,
-                "seconds": round(time.monotonic() - self._begin, 1),
-                **{name: value for name, value in metadata.items() if value is not None},
             },
             data_version=dg.DataVersion(manifest.digest),
         )
