@@ -116,13 +116,23 @@ def stop_gateway(settings: Settings) -> bool:
     if process is not None:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-            try:
-                process.wait(_STOP_PATIENCE_S)
-            except psutil.TimeoutExpired:
+            if not _ends(process):
                 process.kill()
-                process.wait(_STOP_PATIENCE_S)
+                _ends(process)
     _record_file(settings).unlink(missing_ok=True)
     return process is not None
+
+
+def _ends(process: psutil.Process) -> bool:
+    """Waits for a process to end; one that its parent does not reap has ended, too."""
+    deadline = time.monotonic() + _STOP_PATIENCE_S
+    while time.monotonic() < deadline:
+        with suppress(ChildProcessError):  # of this process only if it started the gateway
+            os.waitpid(process.pid, os.WNOHANG)
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(_POLL_S)
+    return False
 
 
 def _process(record: GatewayProcess) -> psutil.Process | None:

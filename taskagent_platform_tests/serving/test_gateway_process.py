@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving import gateway_process
 from taskagent_platform.serving.gateway_process import running_gateway, start_gateway, stop_gateway
 from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import Settings, load_settings
@@ -56,3 +57,27 @@ def test_a_process_that_merely_has_the_recorded_pid_is_left_alone(settings: Sett
         assert not stop_gateway(settings)
         assert stranger.poll() is None
         stranger.kill()
+
+
+def test_a_gateway_that_its_starter_does_not_reap_counts_as_ended(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_process, "_STOP_PATIENCE_S", 20.0)
+    code = (
+        "from taskagent_platform.serving.gateway_process import start_gateway\n"
+        "from taskagent_platform.settings import load_settings\n"
+        f"start_gateway(load_settings(profile='smoke', serving={{'port': {settings.serving.port}}}))\n"
+        "print('up', flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "up\n"
+        gateway = running_gateway(settings)
+        assert gateway is not None
+        assert stop_gateway(settings)
+        assert psutil.Process(gateway.pid).status() == psutil.STATUS_ZOMBIE
+        assert running_gateway(settings) is None
+        starter.kill()
