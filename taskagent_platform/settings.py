@@ -237,7 +237,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 2400, "function_calling": 2750, "multi_tool": 2850},
+        "data": {"structured_outputs": 2400, "function_calling": 2800, "multi_tool": 2800},
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 20,

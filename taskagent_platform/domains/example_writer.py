@@ -34,6 +34,8 @@ _SHORT = 6
 _JOINTS = (" and ", " and ", ", and ", " and also ", ", then ", "; ", ". ", ". Also, ", ", plus ", ", also ")
 _SHARES_OF_CLAUSES = (0.6, 0.28, 0.12)
 """How many requests get no, one or two more attributes."""
+_SHARES_OF_JOINED = (0.52, 0.36, 0.12)
+"""How many joined requests ask for two, three or four calls."""
 _DATED = frozenset({"date", "when", "onday", "at", "day", "range"})
 _JOINTS_OF_SENTENCES = (" ", " Also, ", " And ", " Then ")
 
@@ -64,6 +66,7 @@ class _Style:
     opener: str
     closer: str
     lower: bool
+    upper: bool
     capital: bool
     bare_end: bool
     slip: bool
@@ -158,14 +161,14 @@ class ExampleWriter(ABC):
 
     @classmethod
     def _combinations(cls, rng: random.Random) -> Iterator[Template]:
-        """Joins two or three short requests for one call each into one for all of them."""
+        """Joins two to four short requests for one call each into one for all of them."""
         short = {
             tool.name: [template for template in cls.templates(tool.name) if _words(template) <= _SHORT]
             for tool in cls.tools
         }
         names = [name for name, found in short.items() if found]
         while True:
-            count = 2 if rng.random() < 0.6 else 3
+            count = rng.choices((2, 3, 4), _SHARES_OF_JOINED)[0]
             parts = [cls.with_clauses(rng.choice(short[rng.choice(names)]), rng) for _ in range(count)]
             # Of two that ask for the same without any value, one would be the other's echo.
             echoes = [part.calls[0].tool for part in parts if not any(map(_is_slot, part.turns[0].request))]
@@ -332,10 +335,12 @@ class ExampleWriter(ABC):
 
     def _draw_style(self) -> _Style:
         rng = self.rng
+        case = rng.random()
         return _Style(
-            opener=rng.choice(self.values("openers")) if rng.random() < 0.16 else "",
-            closer=rng.choice(self.values("closers")) if rng.random() < 0.12 else "",
-            lower=rng.random() < 0.16,
+            opener=rng.choice(self.values("openers")) if rng.random() < 0.2 else "",
+            closer=rng.choice(self.values("closers")) if rng.random() < 0.13 else "",
+            lower=case < 0.16,
+            upper=case > 0.96,
             capital=rng.random() < 0.7,
             bare_end=rng.random() < 0.35,
             slip=rng.random() < 0.1,
@@ -343,11 +348,13 @@ class ExampleWriter(ABC):
         )
 
     def _cased(self, filled: Filled) -> Filled:
-        if not self._style.lower:
+        if not (self._style.lower or self._style.upper):
             return filled
         # Values that are not the user's words (dates, priorities) have no capitals but the T of a moment.
         copied = filled.value.casefold() in filled.text.casefold()
-        return replace(filled, text=filled.text.lower(), value=filled.value.lower() if copied else filled.value)
+        # Who writes everything in capitals means T-19 still, but no title in capitals.
+        kept = not copied or (self._style.upper and any(map(str.isdigit, filled.value)))
+        return replace(filled, text=filled.text.lower(), value=filled.value if kept else filled.value.lower())
 
     def _request(self, request: Text, *, dressed: bool) -> str:
         style = self._style
@@ -377,7 +384,7 @@ class ExampleWriter(ABC):
         if dressed and style.closer:
             ended = written[-1:] in "?!"
             written = written.rstrip(".") + (" " + style.closer.lstrip(", ") if ended else style.closer)
-        return written.lower() if style.lower else written
+        return written.lower() if style.lower else written.upper() if style.upper else written
 
 
 def execute(backend: Backend, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -432,7 +439,7 @@ def _join(parts: Sequence[Template], rng: random.Random) -> Template:
     request: list[str | Slot] = []
     calls = []
     for number, part in enumerate(parts):
-        letter = "abc"[number]
+        letter = "abcd"[number]
         pieces = [_lettered(piece, letter) for piece in part.turns[0].request]
         if number:
             end = request[-1]

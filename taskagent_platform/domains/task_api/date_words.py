@@ -119,9 +119,17 @@ def date_block(now: datetime) -> str:
     return "\n".join(lines)
 
 
-def clock_block() -> str:
-    """Returns the hours as text, the same at every moment."""
-    return "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
+def fixed_block() -> str:
+    """Returns what is the same at every moment: the hours, and how months and the first days are written in a date."""
+    months = {name: number for number, name in enumerate(MONTHS, start=1)}
+    days = {str(day): day for day in range(1, 10)}
+    return "\n".join(
+        [
+            "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items()),
+            "months: " + ", ".join(f"{name} {number:02d}" for name, number in months.items()),
+            "days: " + ", ".join(f"{name} {number:02d}" for name, number in days.items()),
+        ]
+    )
 
 
 def minute(moment: datetime) -> str:

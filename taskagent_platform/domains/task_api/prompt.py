@@ -2,14 +2,14 @@
 
 from datetime import datetime
 
-from taskagent_platform.domains.task_api.date_words import clock_block, date_block
+from taskagent_platform.domains.task_api.date_words import date_block, fixed_block
 
 AGENT_NAME = "TaskMaster"
 _INSTRUCTIONS = f"""\
 You are {AGENT_NAME}, an encouraging productivity assistant. Always use tools for task operations. \
 Copy the user's words, and dates from this table. Leave out what was not said; ask for what is missing.
 
-{clock_block()}
+{fixed_block()}
 """
 
 

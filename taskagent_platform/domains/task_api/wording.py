@@ -157,6 +157,8 @@ class Wording:
     def _calendar_date(self) -> _Day:
         """Draws a date written with its month or as numbers, the next such day from now on."""
         day = self.now.date() + timedelta(days=self.rng.randint(1, 330))
+        if self.rng.random() < 0.3 and (early := day.replace(day=self.rng.randint(1, 9))) > self.now.date():
+            day = early  # the days that a date writes otherwise than people do
         # The years of the prompt's month table decide; a day of this month that is over would be disputed.
         if month_years(self.now)[MONTHS[day.month - 1]] != day.year:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 60))
