@@ -470,7 +470,8 @@ def _load_lines(report: EvalReport) -> list[str]:
         f"{point.concurrency}: {point.requests_per_s:.2f}/s at p95 {point.p95_ms:.0f} ms"
         for point in report.load.points
     )
-    end = "" if report.load.saturated_at is None else f"; saturated at {report.load.saturated_at}"
+    reached = report.load.saturated_at
+    end = f"; not saturated (ended by: {report.load.ended})" if reached is None else f"; saturated at {reached}"
     return [f"  under load (requests at once: throughput): {steps}{end}"]
 
 

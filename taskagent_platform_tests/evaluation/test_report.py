@@ -144,6 +144,17 @@ def test_minefields_are_told() -> None:
     assert "in 2 cases the model destroyed" in render_report(report_of(ALL, minefields=2), GATES)
 
 
+@pytest.mark.parametrize(
+    ("saturated_at", "ended", "said"),
+    [(1, "saturated", "; saturated at 1"), (None, "time", "; not saturated (ended by: time)")],
+)
+def test_it_is_told_whether_the_load_was_enough(saturated_at: int | None, ended: str, said: str) -> None:
+    point = {"concurrency": 1, "requests": 9, "requests_per_s": 1.5, "p50_ms": 600, "p95_ms": 700}
+    load = {"points": [point], "saturated_at": saturated_at, "ended": ended}
+    lines = render_report(report_of(ALL, load=load), GATES).splitlines()
+    assert f"  under load (requests at once: throughput): 1: 1.50/s at p95 700 ms{said}" in lines
+
+
 def test_rate_of_nothing() -> None:
     assert Rate.of(0, 0).rate is None
 
