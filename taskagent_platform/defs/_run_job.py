@@ -11,6 +11,10 @@ import signal
 import sys
 
 import dagster as dg
+import psutil
+
+from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.process_identity import process_mark
 
 _PR_SET_PDEATHSIG = 1
 
@@ -32,7 +36,9 @@ def main(name: str, tags: dict[str, str], run_config: dict[str, object], parent:
         return 1
     job = dg.build_reconstructable_job("taskagent_platform.defs._run_job", "resolve_job", (name,))
     with dg.DagsterInstance.get() as instance:
-        result = dg.execute_job(job, instance, run_config=run_config, tags=tags)
+        # From the start: a daemon that watches runs must not take this one for lost.
+        marked = {**tags, PROCESS_TAG: process_mark(psutil.Process())}
+        result = dg.execute_job(job, instance, run_config=run_config, tags=marked)
     return 0 if result.success else 1
 
 

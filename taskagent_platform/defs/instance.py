@@ -1,12 +1,11 @@
 """The Dagster instance of the platform: one, under the home folder, for the command line and the web page alike."""
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
+from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.process_identity import marked_process
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # printing the command line's help must not wait for Dagster
@@ -58,8 +57,6 @@ telemetry:
 nux:
   enabled: false
 """
-_MARK = re.compile(r"(\d+)@(\d+\.\d+)")
-_CREATE_TIME_TOLERANCE_S = 1.0
 
 
 def prepare_instance(settings: Settings) -> Path:
@@ -91,25 +88,11 @@ def close_abandoned_runs(instance: "DagsterInstance") -> list[str]:
     """Marks runs as failed that still count as running but whose process is gone; returns their ids."""
     from dagster import DagsterRunStatus, RunsFilter
 
-    from taskagent_platform.defs.platform import PROCESS_TAG
-
     going = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
     closed = []
     for run in instance.get_runs(filters=RunsFilter(statuses=going)):
         mark = run.tags.get(PROCESS_TAG)
-        if mark is not None and not _is_alive(mark):
+        if mark is not None and marked_process(mark) is None:
             instance.report_run_failed(run, "The process of this run ended without finishing it.")
             closed.append(run.run_id)
     return closed
-
-
-def _is_alive(mark: str) -> bool:
-    match = _MARK.fullmatch(mark)
-    if match is None:
-        return False
-    try:
-        process = psutil.Process(int(match[1]))
-        same = abs(process.create_time() - float(match[2])) <= _CREATE_TIME_TOLERANCE_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

