@@ -6,11 +6,12 @@ from datetime import datetime, timedelta
 from math import ceil
 from pathlib import Path
 
-from taskagent_platform.artifacts import Manifest, code_version, find_artifact, new_artifact, read_manifest
+from taskagent_platform.artifacts import Manifest, find_artifact, new_artifact, read_manifest
 from taskagent_platform.data.distribution import distribution
 from taskagent_platform.data.jsonl import Record, write_jsonl
 from taskagent_platform.data.verify import verify
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.settings import Settings
 
 EXAMPLES_FILE = "examples.jsonl"
@@ -51,7 +52,7 @@ def make_source(settings: Settings, domain: Domain, source: str, folder: Path) -
     """
     times = moments(settings, domain, source)
     used = {"seed": settings.seed, "count": source_count(settings, source), "moments": list(map(str, times))}
-    version = code_version(*_CODE)
+    version = version_with(domain, *_CODE)
     if found := find_artifact(folder, kind=source, inputs={}, settings=used, code_version=version):
         return found, True
     tools = domain.openai_tools()

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from taskagent_platform.artifacts import Manifest, code_version, find_artifact, new_artifact, read_manifest
+from taskagent_platform.artifacts import Manifest, find_artifact, new_artifact, read_manifest
 from taskagent_platform.data.distribution import distribution
 from taskagent_platform.data.jsonl import Record, read_jsonl, write_jsonl
 from taskagent_platform.data.source import EXAMPLES_FILE
 from taskagent_platform.data.verify import verify
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings
 
@@ -44,7 +45,7 @@ def make_training_dataset(
     """
     inputs = {name: read_manifest(path, kind=name, verify=True).digest for name, path in sources.items()}
     used = {"seed": settings.seed, "evaluation_share": settings.data.evaluation_share}
-    version = code_version("data", "domains")
+    version = version_with(domain, "data", "domains")
     if found := find_artifact(folder, kind=KIND, inputs=inputs, settings=used, code_version=version):
         return found, True
     records: dict[str, Record] = {}

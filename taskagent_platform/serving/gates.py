@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from taskagent_platform.artifacts import Manifest, code_version, read_manifest
+from taskagent_platform.artifacts import Manifest, read_manifest
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.gate import GateResult
 from taskagent_platform.serving.active import Deployment, active_file, read_active
@@ -31,8 +32,8 @@ class Verdict(NamedTuple):
 
 
 def report_code_version(domain: Domain) -> str:
-    """Returns the version of the code that decides what a report says; the report's artifact carries it."""
-    return code_version("evaluation", "serving/server.py", f"domains/{domain.name}")
+    """Returns the version of the code and the domain that decide what a report says; its artifact carries it."""
+    return version_with(domain, "evaluation", "serving/server.py")
 
 
 def judge(settings: Settings, domain: Domain, model: Manifest, report_folder: Path) -> Verdict:

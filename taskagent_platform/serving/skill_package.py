@@ -12,12 +12,12 @@ import yaml
 from taskagent_platform.artifacts import (
     MANIFEST_NAME,
     Manifest,
-    code_version,
     find_artifact,
     new_artifact,
     read_manifest,
 )
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.gate import LATENCY_GATE, GateResult
 from taskagent_platform.serving.active import active_file, model_name, read_active
@@ -85,7 +85,7 @@ def make_skill_package(
             "gates": settings.gates.model_dump(),
             "override_reason": override if verdict.refusals else None,
         },
-        "code_version": code_version("serving", "evaluation", f"domains/{domain.name}"),
+        "code_version": version_with(domain, "serving", "evaluation"),
     }
     found = find_artifact(out_folder, **made_from)
     if found is not None:
