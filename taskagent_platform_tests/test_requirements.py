@@ -8,10 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from taskagent_platform import doctor
+from taskagent_platform.serving.skill_package import VLLM_IMAGE
 from taskagent_platform.settings import PROJECT_ROOT
 
 REQUIREMENTS = PROJECT_ROOT / "requirements"
@@ -43,6 +45,12 @@ def wheels(tmp_path: Path) -> Path:
 def pins(lock: str) -> dict[str, str]:
     lines = (REQUIREMENTS / f"{lock}.txt").read_text().splitlines()
     return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def test_containers_serve_with_the_locked_vllm() -> None:
+    compose = yaml.safe_load((PROJECT_ROOT / "docker" / "compose.yaml").read_text())
+    images = {VLLM_IMAGE, compose["services"]["vllm"]["image"]}
+    assert images == {f"vllm/vllm-openai:v{pins('gpu')['vllm']}"}
 
 
 @pytest.mark.parametrize("lock", ["cpu", "gpu"])

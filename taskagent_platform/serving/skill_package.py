@@ -39,7 +39,7 @@ MODEL_MANIFEST_FILE = "model_manifest.json"
 MODEL_FOLDER = "model"
 CAPABILITIES = ("tool-calling", "multi-tool-orchestration", "json-structured-output")
 # The release that the gpu extra pins. Goes up together with it.
-VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"
+VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 _CONTAINER_MODEL = "/model"
 _CONTAINER_PORT = 8000
 
