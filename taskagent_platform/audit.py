@@ -137,14 +137,21 @@ class AuditLog:
                 yield self._parse(line, number)
 
     def recent(self, window: timedelta) -> list[AuditEntry]:
-        """Returns the entries of the last ``window``, newest first."""
+        """Returns the entries of the last ``window``, newest first.
+
+        Raises:
+            PlatformError: the log was changed by someone else.
+        """
         since = datetime.now(UTC) - window
         found: list[AuditEntry] = []
-        for line in _lines_backwards(self.path):
-            entry = self._parse(line, None)
-            if entry.time < since:
-                break
-            found.append(entry)
+        with self._lock:
+            # Else a line that a power cut left half-written would be in the way until something is appended.
+            self._tail()
+            for line in _lines_backwards(self.path):
+                entry = self._parse(line, None)
+                if entry.time < since:
+                    break
+                found.append(entry)
         return found
 
     def verify(self) -> int:

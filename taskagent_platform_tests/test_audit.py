@@ -78,6 +78,9 @@ def test_a_removed_head_is_noticed(log: AuditLog) -> None:
 def test_a_line_cut_off_by_a_power_failure_is_dropped(log: AuditLog) -> None:
     with log.path.open("ab") as file:
         file.write(b'{"time": "2024')
+    assert len(log.recent(timedelta(minutes=1))) == 4, "nor is it in the way of who only reads"
+    with log.path.open("ab") as file:
+        file.write(b'{"time": "2024')
     log.append("tool_call", "executed", tool="list_tasks")
     assert log.verify() == 5
 
