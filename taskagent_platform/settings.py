@@ -111,7 +111,9 @@ class TrainingSettings(_Section):
 class ServingSettings(_Section):
     """The vLLM server and the gateway in front of it."""
 
-    host: str = Field("127.0.0.1", description="where the gateway and the model servers listen")
+    host: str = Field(
+        "127.0.0.1", description="where the gateway listens; the model servers behind it keep to 127.0.0.1"
+    )
     port: int = Field(8210, ge=1, le=65535, description="the gateway's port: the endpoint's stable address")
     model_name: str = Field("{domain}", description="the name that clients ask for")
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -261,7 +263,13 @@ class Settings(BaseSettings):
     """The settings of one platform. Build it with :func:`load_settings`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="TASKAGENT_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+        env_prefix="TASKAGENT_",
+        env_nested_delimiter="__",
+        # Compose files and CI systems set variables that nobody gave a value.
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
     )
 
     profile: ProfileName

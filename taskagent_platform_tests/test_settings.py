@@ -48,6 +48,16 @@ def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> Non
         load_settings()
 
 
+def test_a_variable_without_a_value_sets_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TASKAGENT_PROFILE", "TASKAGENT_DOMAIN", "TASKAGENT_SERVING__PORT", "TASKAGENT_ALERTS__URLS_FILE"):
+        monkeypatch.setenv(name, "")
+    settings = load_settings(profile="smoke")
+    assert (settings.profile, settings.domain, settings.serving.port) == ("smoke", "task_api", 8230)
+    assert settings.alerts.urls_file is None
+    monkeypatch.setenv("TASKAGENT_HOME", "")
+    assert load_settings(profile="smoke").home == module.PROJECT_ROOT / ".taskagent"
+
+
 def test_a_list_that_is_no_json_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKAGENT_MORE_DOMAINS", "customer_support")
     with pytest.raises(PlatformError, match=r'"more_domains".*written as JSON'):
