@@ -25,6 +25,7 @@ from starlette.routing import Route
 from taskagent_platform.agent.state import stored_backend
 from taskagent_platform.domains.base import Backend, ToolError
 from taskagent_platform.domains.task_api import DOMAIN
+from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import settings
 
 DEFAULT_PORT = 8220
@@ -62,7 +63,7 @@ def create_app(backend: Backend) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)],
-        exception_handlers={ToolError: _refused},
+        exception_handlers={ToolError: _refused, PlatformError: _broken},
     )
 
 
@@ -106,6 +107,11 @@ async def _body(request: Request) -> dict[str, Any]:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ToolError)
     return JSONResponse(error.as_result(), error.status)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Says what is wrong with the stored state, in the form of a refused operation."""
+    return JSONResponse(ToolError(500, "internal_error", str(error)).as_result(), 500)
 
 
 def main() -> None:

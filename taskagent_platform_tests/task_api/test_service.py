@@ -79,3 +79,11 @@ def test_pages_of_other_sites_cannot_use_it(client: TestClient) -> None:
     assert client.post("/tasks/task_001/complete", content=b"{}").status_code == 415
     assert client.post("/tasks", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
     assert client.get("/tasks", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_damaged_state_is_said_and_kept(client: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{")
+    answer = client.get("/tasks")
+    assert (answer.status_code, answer.json()["error"]) == (500, "internal_error")
+    assert "state.json is damaged" in answer.json()["message"]
+    assert (tmp_path / "state.json").read_text() == "{"
