@@ -321,7 +321,7 @@ def server_environment(settings: Settings) -> dict[str, str]:
 
 def free_port(host: str = LOOPBACK) -> int:
     """Returns a port that was free a moment ago."""
-    with socket.socket() as probe:
+    with _new_socket(host) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
@@ -334,7 +334,7 @@ def check_port(host: str, port: int, variable: str = "TASKAGENT_SERVING__PORT") 
         port: the port.
         variable: the setting that chooses another port.
     """
-    with socket.socket() as probe:
+    with _new_socket(host) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -345,6 +345,10 @@ def check_port(host: str, port: int, variable: str = "TASKAGENT_SERVING__PORT") 
         f"Nothing can listen on {host}:{port} ({reason}{_listener(port)}); end what uses it or choose another port "
         f"({variable})."
     )
+
+
+def _new_socket(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def _check_packages(settings: Settings) -> None:

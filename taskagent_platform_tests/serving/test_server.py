@@ -259,6 +259,16 @@ def test_a_port_in_use_is_named_with_its_process(start: Start) -> None:
     check_port("127.0.0.1", free_port())
 
 
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_a_port_of_the_newer_internet_protocol_is_looked_at_too(host: str) -> None:
+    check_port(host, free_port(host))
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        with pytest.raises(PlatformError, match=f"Nothing can listen on {host}:{taken.getsockname()[1]} "):
+            check_port(host, taken.getsockname()[1])
+
+
 def test_too_little_memory_is_told_before_anything_starts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "available_memory_gib", lambda: 1.0)
     with pytest.raises(PlatformError, match=r"needs about \d\.\d GiB of memory and 1\.0 GiB are free"):
