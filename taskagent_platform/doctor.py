@@ -9,12 +9,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.launchers.run_worker import RUN_VARIABLE
+from taskagent_platform.serving.active import API_KEY_VARIABLE
 from taskagent_platform.serving.gateway_process import running_gateway
 from taskagent_platform.serving.server import LOOPBACK, available_memory_gib, check_port
 from taskagent_platform.settings import PROJECT_ROOT, Settings
@@ -36,6 +39,12 @@ _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;]+)")
 # Left out where no compiler can build them; the server does without.
 _OPTIONAL = {"arctic-inference"}
 _NAMED = 5
+_PREFIX = str(Settings.model_config["env_prefix"])
+# The gateway's clients' key, where `make env` finds torch, the run that a process belongs to, and compose's own.
+_OTHER_VARIABLES = {
+    API_KEY_VARIABLE, "TASKAGENT_TORCH_INDEX", RUN_VARIABLE, "TASKAGENT_SECRETS", "TASKAGENT_DAGSTER_URL",
+    "TASKAGENT_TEST_SCREENSHOTS",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def examine(settings: Settings) -> list[Check]:
     return [
         check_python(),
         check_system(),
+        check_variables(os.environ),
         check_home(settings),
         check_disk(settings),
         check_memory(settings),
@@ -82,6 +92,7 @@ def preflight(settings: Settings) -> list[Check]:
     """
     checks = [
         check_python(),
+        check_variables(os.environ),
         check_home(settings),
         check_disk(settings),
         check_memory(settings),
@@ -112,6 +123,16 @@ def check_system() -> Check:
     if sys.platform == "linux" and platform.machine() == "x86_64":
         return Check("System", "ok", found)
     return Check("System", "warning", found, "the locks hold for Linux on x86_64; use that, also as a virtual machine")
+
+
+def check_variables(variables: Mapping[str, str]) -> Check:
+    """Looks for variables that are named like settings and are none: nothing would read them."""
+    names = sorted(name for name in variables if name.startswith(_PREFIX) and name not in _OTHER_VARIABLES)
+    unread = [name for name in names if _section(name) not in Settings.model_fields]
+    if not unread:
+        return Check("Variables", "ok", f"{len(names)} settings come from variables")
+    remedy = f"correct the names; section and setting are joined by two underscores, as in {_PREFIX}TRAINING__EPOCHS"
+    return Check("Variables", "warning", f"No setting, and not read: {', '.join(unread)}", remedy)
 
 
 def check_home(settings: Settings) -> Check:
@@ -260,6 +281,10 @@ def _gateway_runs(settings: Settings) -> bool:
         return settings.home.is_dir() and running_gateway(settings) is not None
     except PlatformError:
         return False  # the check of its port says what is wrong with its record
+
+
+def _section(variable: str) -> str:
+    return variable.removeprefix(_PREFIX).lower().partition("__")[0]
 
 
 def _cards() -> list[tuple[str, str, float]]:

@@ -107,6 +107,15 @@ def test_a_page_port_in_use_is_a_warning_only(settings: Settings) -> None:
     assert "TASKAGENT_PORTS__MLFLOW" in check.remedy
 
 
+def test_a_variable_that_nothing_reads_is_named() -> None:
+    read = {"TASKAGENT_TRAINING__EPOCHS": "2", "TASKAGENT_HOME": "/data", "TASKAGENT_API_KEY": "tk-1", "PATH": "/bin"}
+    assert doctor.check_variables(read) == Check("Variables", "ok", "2 settings come from variables")
+    check = doctor.check_variables({**read, "TASKAGENT_TRAINING_EPOCHS": "2", "TASKAGENT_GATE__JSON_VALIDITY": "0"})
+    assert check.status == "warning"
+    assert check.found.endswith(": TASKAGENT_GATE__JSON_VALIDITY, TASKAGENT_TRAINING_EPOCHS")
+    assert "TASKAGENT_TRAINING__EPOCHS" in check.remedy
+
+
 def test_a_home_that_is_a_file_is_refused(settings: Settings) -> None:
     settings.home.write_text("not a folder")
     with pytest.raises(PlatformError, match="is not a folder: set TASKAGENT_HOME"):
