@@ -113,6 +113,13 @@ def test_no_password_is_written_down_and_nobody_is_root(compose, services):
             assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
 
 
+def test_no_password_is_among_the_arguments_of_a_program(services):
+    for name, service in services.items():
+        # What its shell exports before it becomes the program is not.
+        arguments = " ".join(service.get("command", ())).rpartition("exec ")[2]
+        assert "PASSWORD" not in arguments, name
+
+
 def test_every_service_is_watched_and_waits_for_what_it_needs(services):
     for name, service in services.items():
         assert service["healthcheck"]["test"][0] == "CMD"
