@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,14 +17,17 @@ from taskagent_platform import cli
 from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.report import EvalReport
 from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import load_settings
+from taskagent_platform_tests.evaluation.light_server import LightServer
+from taskagent_platform_tests.serving.fake_server import serve
 
 # None of them is needed to print help.
 HEAVY = ("torch", "transformers", "vllm", "mlflow", "dagster", "openai", "agents", "numpy", "pydantic_settings")
 COMMANDS = (
     "demo", "improve", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit",
-    "suite", "key",
+    "suite", "key", "sweep",
 )  # fmt: skip
 
 
@@ -154,6 +158,24 @@ def test_evaluate_measures_every_named_suite_whole_and_writes_the_report(tmp_pat
     assert (seen["base_url"], seen["model_name"]) == ("http://h/v1", "m")
     assert seen["limit"] is None, "the smoke profile's limit is for its own runs"
     assert not target.exists(), "a report of a failed evaluation must not be there"
+
+
+def test_evaluate_measures_a_server_and_says_what_the_gates_say(tmp_path):
+    suite, as_json, as_html = tmp_path / "suite.json", tmp_path / "report.json", tmp_path / "report.html"
+    cases = {"What is due?": "list_tasks", "Call it a day <b>now</b>": "create_task"}
+    listed = [{"input": said, "expected_tool": tool, "category": "query"} for said, tool in cases.items()]
+    suite.write_text(json.dumps({"tool_selection": listed}))
+    server = LightServer({said: [[("list_tasks", {})]] for said in cases})
+    with serve(server.app) as url:
+        asked = ("evaluate", "--endpoint", f"{url}/v1", "--model", "m", "--suite", str(suite))
+        done = invoke(*asked, "--json", str(as_json), "--html", str(as_html))
+        gated = invoke(*asked, "--gate")
+    assert (done.exit_code, gated.exit_code) == (0, 1), done.output
+    assert re.search(r"Tool selection +1/2 +50\.0%.* FAIL", done.stdout)
+    report = EvalReport.model_validate_json(as_json.read_text())
+    assert (report.metrics["tool_selection"].correct, report.latency is not None) == (1, True)
+    assert "Call it a day &lt;b&gt;now&lt;/b&gt;" in as_html.read_text()
+    assert {body["model"] for body in server.bodies} == {"m"}
 
 
 def test_status_without_a_deployment_says_so_and_fails():

@@ -16,6 +16,8 @@ from dagster._config import process_config, resolve_to_config_type
 from typer.testing import CliRunner
 
 from taskagent_platform.cli import app
+from taskagent_platform.definitions import defs
+from taskagent_platform.defs.eval_report import GATES
 from taskagent_platform.defs.instance import prepare_instance
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.launchers.gpu_run_launcher import GpuRunLauncher
@@ -49,6 +51,7 @@ ELSEWHERE = {
     "make mutants": f"{TESTS}/evaluation/test_surviving_mutants.py",
     "pytest": ".ci/run",
     "taskagent ask": f"{TESTS}/test_main_job.py::test_the_agent_asks_before_it_destroys",
+    "taskagent evaluate": f"{TESTS}/test_cli.py::test_evaluate_measures_a_server_and_says_what_the_gates_say",
     "taskagent improve": f"{TESTS}/test_improve.py",
     "taskagent sweep": f"{TESTS}/defs/test_training_sweep.py",
     "taskagent rollback": f"{TESTS}/test_cli.py::test_what_is_wrong_is_one_sentence_and_no_traceback",
@@ -211,6 +214,15 @@ def test_configuration_that_is_shown_is_accepted():
     entry = re.search(r"```toml\n(.*?)```", (PROJECT_ROOT / "docs/your_own_tools.md").read_text(), re.DOTALL)
     assert entry is not None
     assert "taskagent.domains" in tomllib.loads(entry[1])["project"]["entry-points"]
+
+
+def test_the_checklist_names_every_check():
+    page = (PROJECT_ROOT / "docs/operate.md").read_text()
+    _, _, rest = page.partition("## Before production")
+    named = set(re.findall(r"`(\w+)`", rest.partition("\n## ")[0]))
+    of_domain = {key for key in defs.resolve_asset_graph().asset_check_keys if key.asset_key.path[0] == "task_api"}
+    assert {key.name for key in of_domain} - set(GATES) <= named
+    assert {key.asset_key.path[-1] for key in of_domain} <= named
 
 
 def key_of(command: str) -> str | None:
