@@ -27,6 +27,7 @@ from taskagent_platform.evaluation.bfcl import (
     rows_of,
 )
 from taskagent_platform.evaluation.client import Endpoint
+from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.merge import KIND as MERGED
 
@@ -51,6 +52,7 @@ def bfcl_report(domain: Domain) -> dg.AssetsDefinition:
         "It gates nothing: it shows what a narrow fine-tuning costs in generality.",
         code=_CODE,
         on_demand=True,
+        pool=GPU_POOL,
     )
 
     @domain_asset(domain, options)

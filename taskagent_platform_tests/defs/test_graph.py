@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from taskagent_platform.definitions import defs
+from taskagent_platform.launchers.routes import GPU_POOL
 
 GRAPH = {
     "structured_outputs": [],
@@ -34,6 +35,10 @@ ON_DEMAND = {
     "bfcl": {"bfcl_report"},
     "sweep": {"training_sweep"},
 }
+# The assets that load a model: no two of them at a time on one accelerator.
+IN_GPU_POOL = {
+    "base_eval_report", "lora_adapter", "merged_model", "eval_report", "vllm_endpoint", "bfcl_report", "training_sweep",
+}  # fmt: skip
 # Each check, and whether it blocks what comes after.
 CHECKS = {
     "training_dataset": {
@@ -66,6 +71,12 @@ def test_the_graph_of_a_domain_is_the_drawn_one():
         if key.path[0] == "task_api"
     }
     assert found == GRAPH
+
+
+def test_what_loads_a_model_shares_a_pool():
+    graph = defs.resolve_asset_graph()
+    keys = [key for key in graph.get_all_asset_keys() if key.path[0] == "task_api"]
+    assert {key.path[1] for key in keys if graph.get(key).pools == {GPU_POOL}} == IN_GPU_POOL
 
 
 def test_dagster_shows_the_domains_that_the_settings_name():
