@@ -1,6 +1,5 @@
 """What every asset works with: the settings of its run, the folders of its domain, and a way to tell how it goes."""
 
-import inspect
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,15 +13,16 @@ import psutil
 from filelock import FileLock, Timeout
 from pydantic import Field
 
-from taskagent_platform.artifacts import Manifest, code_version, digest_of, file_digest, read_manifest
+from taskagent_platform.artifacts import Manifest, code_version, digest_of, read_manifest
 from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.data.targeted import usable_targeted
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import domain_version
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.process_identity import process_mark
 from taskagent_platform.settings import Settings, load_settings
 
-PROCESS_TAG = "taskagent/process"
-"""A run's tag with pid and creation time of the process that executes it; tells an abandoned run from a live one."""
 FINGERPRINT_TAG = "taskagent/fingerprint"
 """A run's tag with the digest of all that decides its outcome."""
 _OBSERVE_EVERY_S = 2.0
@@ -153,25 +153,11 @@ def fingerprint(settings: Settings, domain: Domain) -> str:
     return digest_of(
         {
             "code": code_version(),
-            "domain": _domain_version(domain),
+            "domain": domain_version(domain),
             "targeted": read_manifest(targeted).digest if usable_targeted(targeted) else None,
             "settings": chosen,
         }
     )
-
-
-def _domain_version(domain: Domain) -> str:
-    """Returns a digest of a domain's own files; a domain of another package is not part of this one's code."""
-    source = Path(inspect.getfile(type(domain)))
-    folder = source.parent if source.name == "__init__.py" else None
-    files = sorted(folder.rglob("*")) if folder else [source]
-    own = [path for path in files if path.is_file() and "__pycache__" not in path.parts]
-    return digest_of([file_digest(path) for path in (*own, *domain.suites, *domain.robustness_suites)])
-
-
-def process_mark(process: psutil.Process) -> str:
-    """Returns what names one process for good: its pid and when it was created."""
-    return f"{process.pid}@{process.create_time():.2f}"
 
 
 def _tag_run(context: dg.AssetExecutionContext, settings: Settings, domain: Domain) -> None:

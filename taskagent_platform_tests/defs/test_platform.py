@@ -15,8 +15,10 @@ from filelock import FileLock
 from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.defs.instance import close_abandoned_runs, prepare_instance
 from taskagent_platform.defs.keys import AssetOptions, domain_asset
-from taskagent_platform.defs.platform import PROCESS_TAG, Platform, process_mark
+from taskagent_platform.defs.platform import Platform
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.process_identity import process_mark
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.light_domain import LIGHTS
 
