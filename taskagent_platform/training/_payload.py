@@ -1,4 +1,4 @@
-"""The process that trains, measures or merges: ``python -m taskagent_platform.training._payload spec.json``.
+"""The process that works on weights: ``python -m taskagent_platform.training._payload spec.json``.
 
 Progress, result and error go to standard output as JSON lines; whatever else a library prints goes to standard error.
 Where several processes train together, this one becomes accelerate's launcher, which starts this module once for each;
@@ -48,6 +48,10 @@ def main() -> int:
             from taskagent_platform.training._held_out import held_out_loss
 
             result = held_out_loss(spec, emit)
+        elif task == "base_model":
+            from taskagent_platform.training._base_model import write_base_model
+
+            result = write_base_model(spec)
         elif task == "merge":
             from taskagent_platform.training._merge import merge_adapter
 

@@ -32,9 +32,12 @@ _ALLOCATOR = {
 }
 
 
-def payload_environment() -> dict[str, str]:
+def payload_environment(*, may_download: bool = False) -> dict[str, str]:
     """Returns the environment that a payload runs in."""
-    return {**os.environ, **payload_variables()}
+    variables = payload_variables()
+    if may_download:
+        del variables["HF_HUB_OFFLINE"]
+    return {**os.environ, **variables}
 
 
 def payload_variables() -> dict[str, str]:
@@ -53,14 +56,22 @@ def payload_variables() -> dict[str, str]:
     }
 
 
-def run_payload(task: str, spec: Mapping[str, Any], log_file: Path, on_log: OnLog | None = None) -> dict[str, Any]:
+def run_payload(
+    task: str,
+    spec: Mapping[str, Any],
+    log_file: Path,
+    on_log: OnLog | None = None,
+    *,
+    may_download: bool = False,
+) -> dict[str, Any]:
     """Runs one task of the payload and waits for its result.
 
     Args:
-        task: the payload's function: ``fine_tune``, ``held_out_loss`` or ``merge``.
+        task: the payload's function: ``base_model``, ``fine_tune``, ``held_out_loss`` or ``merge``.
         spec: its arguments, JSON-able.
         log_file: gets everything that the process writes besides its progress.
         on_log: called in this thread with every progress record.
+        may_download: whether it may ask the hub for a model.
 
     Returns:
         The task's result.
@@ -80,7 +91,7 @@ def run_payload(task: str, spec: Mapping[str, Any], log_file: Path, on_log: OnLo
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=payload_environment(),
+            env=payload_environment(may_download=may_download),
             start_new_session=True,
             text=True,
         )

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,6 @@ def test_a_missing_model_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     source = str(tmp_path / "empty") if source == "FOLDER" else source
     settings = load_settings(profile="smoke", base_model={"source": source})
@@ -48,6 +49,20 @@ def test_a_missing_model_is_one_sentence(
         prepare_base_model(settings, tmp_path / "base_model")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "base_model").exists()
+
+
+def test_weights_are_loaded_in_a_process_of_their_own(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from taskagent_platform.settings import load_settings\n"
+        "from taskagent_platform.training.base_model import prepare_base_model\n"
+        "prepare_base_model(load_settings(profile='smoke'), Path(sys.argv[1]))\n"
+        "print('torch' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "base_model")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_a_local_folder_is_taken_as_it_is(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
