@@ -1,6 +1,7 @@
 """What a domain consists of, wherever it is installed: whatever was made from an older state of it is out of date."""
 
 import inspect
+from functools import cache
 from pathlib import Path
 
 from taskagent_platform.artifacts import code_version, digest_of, file_digest
@@ -20,8 +21,11 @@ def domain_version(domain: Domain) -> str:
     return digest_of([file_digest(path) for path in (*own, *suites)])
 
 
+@cache
 def version_with(domain: Domain, *parts: str) -> str:
-    """Returns the version of a domain and of the platform's code that works with it.
+    """Returns the version of a domain and of the platform's code that works with it, as this process found them.
+
+    What is edited while a run goes on concerns the next one.
 
     Args:
         domain: the domain.
