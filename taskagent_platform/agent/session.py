@@ -110,16 +110,6 @@ class SmokeReport:
         """Whether every request passed."""
         return all(result.passed for result in self.results)
 
-    def require(self) -> None:
-        """Raises PlatformError, naming the requests, unless every one passed."""
-        wrong = [
-            f"{result.request!r} called {', '.join(result.called) or 'no tool'} instead of {result.expected}"
-            for result in self.results
-            if not result.passed
-        ]
-        if wrong:
-            raise PlatformError("The agent does not do what it is for: " + "; ".join(wrong) + ".")
-
 
 def agent_smoke(settings: Settings, domain: Domain, *, base_url: str | None = None) -> SmokeReport:
     """Asks the domain's own requests through the SDK, each on a fresh fixture, and reports the tools called.

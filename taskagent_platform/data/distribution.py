@@ -37,19 +37,6 @@ class Distribution(BaseModel):
         """The share of examples with one call or none, from 0 to 1."""
         return 1 - self.multi_tool / self.total if self.total else 0.0
 
-    def faults(self) -> list[str]:
-        """Returns what breaks the balance rules, a sentence each; empty if all is well."""
-        found = []
-        if self.total < MIN_EXAMPLES:
-            found.append(f"{self.total} examples, at least {MIN_EXAMPLES} are wanted.")
-        low, high = SINGLE_SHARE
-        if not low <= self.single_share <= high:
-            found.append(f"{self.single_share:.1%} single-tool examples, {low:.0%} to {high:.0%} are wanted.")
-        for tool, count in self.tool_usage.items():
-            if count < MIN_FOR_EACH_TOOL:
-                found.append(f"{count} calls of {tool}, at least {MIN_FOR_EACH_TOOL} are wanted.")
-        return found
-
     def table(self) -> str:
         """Returns the report as Markdown."""
         single = self.total - self.multi_tool

@@ -184,14 +184,6 @@ def detach(server: Server) -> Server:
     return detached
 
 
-def give_to(server: Server, owner_pid: int) -> Server:
-    """Makes another process the owner of a server that is not detached, and returns its new record."""
-    owner = psutil.Process(owner_pid)
-    given = server.model_copy(update={"owner_pid": owner.pid, "owner_create_time": owner.create_time()})
-    write_server(given)
-    return given
-
-
 def stop_server(server: Server, *, patience_s: float = _STOP_PATIENCE_S) -> bool:
     """Ends a server's whole process group and removes its record.
 

@@ -245,13 +245,12 @@ def test_the_smoke_test_asserts_the_tool_of_each_request_on_a_fresh_fixture(sett
     assert report.passed
     assert [result.called for result in report.results] == [("create_task",), ("list_tasks",), ("complete_task",)]
     assert report.model_digest == "digest-1"
-    report.require()
     bad = ScriptedServer("Sure!", [call("list_tasks")], "Here.", [call("complete_task", task_id="task_999")], "Done.")
     with serve(bad.app) as url:
         report = agent_smoke(settings, DOMAIN, base_url=f"{url}/v1")
     assert [result.passed for result in report.results] == [False, True, False]
-    with pytest.raises(PlatformError, match=r"called no tool instead of create_task; .*complete_task \(failed\)"):
-        report.require()
+    assert not report.passed
+    assert [result.called for result in report.results] == [(), ("list_tasks",), ("complete_task (failed)",)]
     assert "review the Q4 budget" not in _titles(settings)
 
 

@@ -3,7 +3,7 @@ from datetime import datetime
 
 import pytest
 
-from taskagent_platform.data.distribution import distribution
+from taskagent_platform.data.distribution import MIN_EXAMPLES, MIN_FOR_EACH_TOOL, SINGLE_SHARE, distribution
 from taskagent_platform.data.jsonl import Record
 from taskagent_platform.data.training_dataset import overlap
 from taskagent_platform.data.verify import verify
@@ -47,7 +47,11 @@ def test_the_same_seed_gives_the_same_examples() -> None:
 
 
 def test_the_dataset_is_balanced_and_shares_no_request_with_the_suite(records: list[Record]) -> None:
-    assert distribution(DOMAIN, records).faults() == []
+    found = distribution(DOMAIN, records)
+    low, high = SINGLE_SHARE
+    assert found.total >= MIN_EXAMPLES
+    assert low <= found.single_share <= high
+    assert min(found.tool_usage.values()) >= MIN_FOR_EACH_TOOL
     assert overlap(DOMAIN, records) == []
 
 
