@@ -92,7 +92,7 @@ def sweep(
         ),
     ] = None,
 ) -> None:
-    """Train with every combination of settings and rank them on held-out examples; the suites are not touched."""
+    """Train with every combination of settings and rank them on the development suites; no other suite is read."""
     from taskagent_platform.demo import INTERRUPTED
     from taskagent_platform.sweep import grid, run_sweep
 

@@ -161,7 +161,10 @@ class RunProgress:
         elif kind in ("STEP_SUCCESS", "STEP_FAILURE") and name in self.stages:
             self._end(self.stages[name], kind, event, entry.timestamp)
         elif kind == "ASSET_OBSERVATION" and name in self.stages:
-            self.stages[name].figures.update(_plain(event.asset_observation_data.asset_observation.metadata))
+            stage, figures = self.stages[name], _plain(event.asset_observation_data.asset_observation.metadata)
+            # A sweep trains and measures by turns: the steps of the one are not how far the other is.
+            same_part = ("steps" in figures) == ("steps" in stage.figures)
+            stage.figures = {**stage.figures, **figures} if same_part else figures
         elif kind == "ASSET_MATERIALIZATION" and name in self.stages:
             made = _plain(event.step_materialization_data.materialization.metadata)
             self.stages[name].figures = made

@@ -1,11 +1,12 @@
-"""Several trainings with different settings, ranked by their loss on held-out examples.
+"""Several trainings with different settings, ranked by what they get right of the development suites.
 
-What ranks them is the part of the training dataset that no training sees: never a suite, so that the suites go on
-measuring what was not chosen by them.
+Never by the suites that gate, so that these go on measuring what was not chosen by them. A domain without development
+suites ranks by the loss on the part of the training dataset that no training sees.
 """
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,19 +25,32 @@ class Trial(NamedTuple):
 
     Attributes:
         changes: its settings, as far as they are not the platform's.
+        run: address of its page in MLflow.
+        diverged: its loss grew or was no number; nothing was measured.
+        right: development cases that the served model answers right.
+        cases: development cases that it was asked; 0 where the domain has none.
         held_out_loss: mean over the assistant's tokens of the held-out examples.
         training_loss: at the end of the training.
         seconds: that the training took.
         adapter: digest of the adapter.
-        run: address of its page in MLflow.
     """
 
     changes: Mapping[str, Any]
-    held_out_loss: float
-    training_loss: float
-    seconds: float
-    adapter: str
     run: str
+    diverged: bool = False
+    right: int = 0
+    cases: int = 0
+    held_out_loss: float = math.inf
+    training_loss: float = math.inf
+    seconds: float = 0.0
+    adapter: str = ""
+
+    @property
+    def development(self) -> str:
+        """How many development cases are right, for people."""
+        if self.diverged:
+            return "diverged"
+        return f"{self.right} of {self.cases} ({self.right / self.cases:.1%})" if self.cases else "-"
 
 
 def grid(choices: Sequence[str]) -> list[dict[str, Any]]:
@@ -70,18 +84,16 @@ def settings_of(settings: Settings, trials: Sequence[Mapping[str, Any]]) -> list
 
 
 def ranking(trials: Sequence[Trial]) -> list[Trial]:
-    """Returns the trainings, the best first."""
-    return sorted(trials, key=lambda trial: trial.held_out_loss)
+    """Returns the trainings, the best first: by right development cases, and where these are equal by held-out loss."""
+    return sorted(trials, key=lambda trial: (-trial.right, trial.held_out_loss))
 
 
 def ranking_text(trials: Sequence[Trial]) -> str:
     """Returns the ranking as lines, and the best one's settings as settings.yaml takes them."""
     ranked = ranking(trials)
-    lines = [
-        f"{place}. held-out loss {trial.held_out_loss:.4f}, training loss {trial.training_loss:.4f}, "
-        f"{trial.seconds:.0f} s: {described(trial.changes)}"
-        for place, trial in enumerate(ranked, 1)
-    ]
+    lines = [f"{place}. {_outcome(trial)}: {described(trial.changes)}" for place, trial in enumerate(ranked, 1)]
+    if not ranked[0].cases:
+        lines.insert(0, "The domain has no development suites: ranked by the loss on held-out examples.")
     training = {name: value for name, value in ranked[0].changes.items() if name != "seed"}
     kept = {"training": training, **{name: value for name, value in ranked[0].changes.items() if name == "seed"}}
     return "\n".join([*lines, "The best one's, for settings.yaml:", yaml.safe_dump(kept, sort_keys=False)])
@@ -121,6 +133,14 @@ def run_sweep(settings: Settings, trials: Sequence[Mapping[str, Any]], say: Call
             reason = "; ".join(progress.errors) or run.last_words()
             raise PlatformError(f"The sweep failed; what was trained is kept for the next one: {reason}")
     return (settings.folder(domain.name) / KIND / RANKING_FILE).read_text()
+
+
+def _outcome(trial: Trial) -> str:
+    if trial.diverged:
+        return "diverged"
+    development = f"development {trial.development}, " if trial.cases else ""
+    losses = f"held-out loss {trial.held_out_loss:.4f}, training loss {trial.training_loss:.4f}"
+    return f"{development}{losses}, {trial.seconds:.0f} s"
 
 
 def _value(text: str) -> Any:

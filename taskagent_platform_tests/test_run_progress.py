@@ -124,6 +124,26 @@ def test_a_running_evaluation_shows_its_cases():
     assert stage.share() == 0.25
 
 
+@dg.asset(key=["lights", "sweep"])
+def sweep(context: dg.AssetExecutionContext) -> None:
+    for figures in ({"step": 4, "steps": 4, "loss": 0.5}, {"what": "serving"}, {"cases_done": 1, "cases": 2}):
+        context.log.info("The model server loads.")
+        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=figures))
+
+
+def test_what_trains_and_measures_by_turns_shows_the_one_that_it_does():
+    shown = []
+    with dg.instance_for_test() as instance:
+        run = dg.materialize([sweep], instance=instance).run_id
+        progress = RunProgress("lights", ["sweep"])
+        for record in instance.get_records_for_run(run).records:
+            progress.apply(record.event_log_entry)
+            stage = progress.running
+            if stage is not None and stage.details() not in shown:
+                shown.append(stage.details())
+    assert [text for text in shown if text] == ["The model server loads.", "step 4/4, loss 0.5000", "1/2 cases"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (80, "1 min 20 s"), (60 * 23 + 31, "23 min"), (3900, "1 h 05 min")],

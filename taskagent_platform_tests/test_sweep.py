@@ -47,9 +47,10 @@ def test_one_impossible_training_stops_the_sweep_before_any_starts() -> None:
 
 def test_the_best_settings_come_first_and_can_be_kept() -> None:
     def trial(loss: float, **changes: Any) -> Trial:
-        return Trial(changes, loss, 0.05, 61.0, "digest", "http://127.0.0.1")
+        return Trial(changes, "http://127.0.0.1", False, 150, 200, loss, 0.05, 61.0, "digest")
 
     text = ranking_text([trial(0.3, rank=8, seed=1), trial(0.2, rank=32, seed=2), trial(0.4)])
+    assert text.startswith("1. development 150 of 200 (75.0%), held-out loss 0.2000, training loss 0.0500, 61 s: ")
     assert [line.split(": ")[-1] for line in text.splitlines()[:3]] == [
         "rank=32 seed=2",
         "rank=8 seed=1",

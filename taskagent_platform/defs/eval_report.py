@@ -31,7 +31,7 @@ from taskagent_platform.evaluation.report import (
     save_report,
 )
 from taskagent_platform.evaluation.run import evaluate
-from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suites, domain_suites
+from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, Suites, domain_suites
 from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.serving.active import Deployment, model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
@@ -89,13 +89,13 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
                     **suites.digests,
                     "prompt": digest_of([prompt, domain.openai_tools()]),
                 },
-                "settings": _measured_with(stage.settings),
+                "settings": measured_with(stage.settings),
                 "code_version": code_version("evaluation", "serving/server.py"),
             }
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
                 with model_server(stage, stage.folder(BASE), model) as server:
-                    measured = _measure(stage, server, suites, measure_latency=False)
+                    measured = measure(stage, server, *suites, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)
             measured = load_report(stage.folder())
@@ -136,7 +136,7 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
             made_from: dict[str, Any] = {
                 "kind": REPORT_KIND,
                 "inputs": {MERGED: model.digest, **suites.digests},
-                "settings": _measured_with(stage.settings),
+                "settings": measured_with(stage.settings),
                 "code_version": report_code_version(domain),
             }
             base = load_report(stage.folder(BASE_KIND))
@@ -219,13 +219,13 @@ def champion_report(stage: Stage, model: Manifest, suites: Suites) -> EvalReport
 def _measure_champion(stage: Stage, champion: Deployment, suites: Suites) -> EvalReport:
     kept = read_manifest(champion.model_folder, kind=MERGED, verify=True)
     with model_server(stage, champion.model_folder, kept, any_settings=True) as server:
-        measured = _measure(stage, server, suites, measure_latency=False)
+        measured = measure(stage, server, *suites, measure_latency=False)
     folder = champion_report_folder(stage.settings, stage.domain.name, champion.model_digest)
     with new_artifact(
         folder,
         kind=REPORT_KIND,
         inputs={MERGED: champion.model_digest, **suites.digests},
-        settings=_measured_with(stage.settings),
+        settings=measured_with(stage.settings),
         code_version=report_code_version(stage.domain),
     ) as scratch:
         save_report(measured, scratch, stage.settings.gates)
@@ -242,7 +242,7 @@ def _evaluate_candidate(
 ) -> Verdict:
     """Serves and measures the candidate; leaves its server running only if it may be deployed."""
     with model_server(stage, stage.folder(MERGED), model, keep=lambda: not verdict.refusals) as server:
-        measured = _measure(stage, server, suites, measure_latency=True)
+        measured = measure(stage, server, *suites, measure_latency=True)
         with new_artifact(stage.folder(), **made_from) as scratch:
             save_report(measured, scratch, stage.settings.gates, base=base, champion=champion)
         verdict = judge(stage.settings, stage.domain, model, stage.folder())
@@ -299,7 +299,10 @@ def model_server(
             stop_server(server)
 
 
-def _measure(stage: Stage, server: Server, suites: Suites, *, measure_latency: bool) -> EvalReport:
+def measure(
+    stage: Stage, server: Server, suite: Suite, robustness: Suite | None = None, *, measure_latency: bool
+) -> EvalReport:
+    """Measures a served model on suites; the asset's page shows how far it is."""
     begin = time.monotonic()
 
     def on_progress(what: str, done: int, total: int) -> None:
@@ -313,14 +316,14 @@ def _measure(stage: Stage, server: Server, suites: Suites, *, measure_latency: b
         base_url=server.base_url,
         model_name=server.name,
         model_digest=server.model_digest,
-        suite=suites.gated,
-        robustness=suites.robustness,
+        suite=suite,
+        robustness=robustness,
         measure_latency=measure_latency,
         on_progress=on_progress,
     )
 
 
-def _measured_with(settings: Settings) -> dict[str, Any]:
+def measured_with(settings: Settings) -> dict[str, Any]:
     """Returns the settings that a report depends on; the gates are not among them, they are applied to it."""
     serving = {name: getattr(settings.serving, name) for name in _SERVING}
     return {"profile": settings.profile, **settings.evaluation.model_dump(mode="json"), **serving}

@@ -140,7 +140,7 @@ class Platform(dg.ConfigurableResource[Any]):
             stage = Stage(context, settings, domain, name)
             _tag_run(context, settings, domain)
             with _only_writer(stage):
-                _remove_leftovers(stage.folder())
+                remove_leftovers(stage.folder())
                 yield stage
         except PlatformError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from error
@@ -158,6 +158,13 @@ def fingerprint(settings: Settings, domain: Domain) -> str:
             "settings": chosen,
         }
     )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run left beside an artifact; called while nobody else writes it."""
+    for pattern in (f".{folder.name}.*.partial", f".{folder.name}.*.old"):
+        for leftover in folder.parent.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _tag_run(context: dg.AssetExecutionContext, settings: Settings, domain: Domain) -> None:
@@ -185,10 +192,3 @@ def _only_writer(stage: Stage) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run left beside an artifact; called while nobody else writes it."""
-    for pattern in (f".{folder.name}.*.partial", f".{folder.name}.*.old"):
-        for leftover in folder.parent.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 from trl import SFTTrainer
 
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.training._process import DivergenceError
 
 _KEPT = 2
 _SCRATCH = ".writing"
@@ -38,7 +39,7 @@ class CheckpointTrainer(SFTTrainer):
         scratch = folder / _SCRATCH
         name = f"checkpoint-{step}"
         if not all(torch.isfinite(weights).all() for weights in model.parameters() if weights.requires_grad):
-            raise PlatformError(
+            raise DivergenceError(
                 f"The adapter holds values that are not finite at step {step}; lower training.learning_rate and start "
                 "again. The checkpoint before is kept."
             )

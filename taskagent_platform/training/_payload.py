@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.training._process import OnLog
+from taskagent_platform.training._process import OnLog, record_of
 
 _PR_SET_PDEATHSIG = 1
 _LAUNCHER = "TASKAGENT_LAUNCHER"
@@ -59,7 +59,7 @@ def main() -> int:
         else:
             raise PlatformError(f"The payload knows no task {task!r}.")
     except PlatformError as error:
-        emit({"error": str(error)})
+        emit(record_of(error))
         return 2
     emit({"result": result})
     return 0

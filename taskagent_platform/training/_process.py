@@ -32,6 +32,10 @@ _ALLOCATOR = {
 }
 
 
+class DivergenceError(PlatformError):
+    """A training whose loss grows or is no number: another learning rate may do better."""
+
+
 def payload_environment(*, may_download: bool = False) -> dict[str, str]:
     """Returns the environment that a payload runs in."""
     variables = payload_variables()
@@ -77,11 +81,12 @@ def run_payload(
         The task's result.
 
     Raises:
+        DivergenceError: the loss of a training diverged.
         PlatformError: the task failed; the message is its own, or the last line it wrote.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] | None = None
-    failure: str | None = None
+    failure: PlatformError | None = None
     with TemporaryDirectory() as folder, log_file.open("wb") as log:
         spec_file = Path(folder) / "spec.json"
         spec_file.write_text(json.dumps({"task": task, "parent": os.getpid(), **spec}))
@@ -102,19 +107,29 @@ def run_payload(
                 if "result" in record:
                     result = record["result"]
                 elif "error" in record:
-                    failure = record["error"]
+                    failure = error_of(record)
                 elif on_log is not None:
                     on_log(record)
             code = process.wait()
         finally:
             _end_group(process)
     if failure is not None:
-        raise PlatformError(failure)
+        raise failure
     if code == -signal.SIGKILL:
         raise PlatformError(f"The process of {task} was killed, most likely for want of memory; see {log_file}.")
     if code != 0 or result is None:
         raise PlatformError(f"The process of {task} ended with code {code}: {_last_line(log_file)} (all in {log_file})")
     return result
+
+
+def record_of(error: PlatformError) -> dict[str, Any]:
+    """Returns the record by which a payload tells an error."""
+    return {"error": str(error), "diverged": isinstance(error, DivergenceError)}
+
+
+def error_of(record: Mapping[str, Any]) -> PlatformError:
+    """Returns the error that :func:`record_of` tells."""
+    return (DivergenceError if record["diverged"] else PlatformError)(record["error"])
 
 
 def _end_group(process: "subprocess.Popen[str]") -> None:

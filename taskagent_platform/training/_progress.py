@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from taskagent_platform.errors import PlatformError
+from taskagent_platform.training._process import DivergenceError
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -75,13 +75,13 @@ class Progress(TrainerCallback):
     def _check(self, step: int) -> None:
         losses = [record["loss"] for record in self.history if "loss" in record]
         if not math.isfinite(losses[-1]):
-            raise PlatformError(
+            raise DivergenceError(
                 f"The loss is {losses[-1]} at step {step}; lower training.learning_rate and start again. "
                 "The last good checkpoint is kept."
             )
         first, last = losses[:_WINDOW], losses[-_WINDOW:]
         if len(losses) >= 2 * _WINDOW and sum(last) > _FACTOR * sum(first):
-            raise PlatformError(
+            raise DivergenceError(
                 f"The loss diverges: {sum(last) / _WINDOW:.2f} on average before step {step}, "
                 f"{sum(first) / _WINDOW:.2f} at the start; lower training.learning_rate and start again. "
                 "The last good checkpoint is kept."

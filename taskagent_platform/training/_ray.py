@@ -15,7 +15,7 @@ from ray.util.queue import Queue
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training._payload import train_here
-from taskagent_platform.training._process import OnLog, payload_variables
+from taskagent_platform.training._process import OnLog, error_of, payload_variables, record_of
 
 
 def train(spec: dict[str, Any], emit: OnLog) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def train(spec: dict[str, Any], emit: OnLog) -> dict[str, Any]:
         trainer.fit()
     except Exception as error:
         if "error" in received:
-            raise PlatformError(received["error"]) from error
+            raise error_of(received) from error
         raise
     finally:
         records.put(None)
@@ -86,5 +86,5 @@ def _work(config: dict[str, Any]) -> None:
     try:
         emit({"result": train_here(config["spec"], emit)})
     except PlatformError as error:
-        records.put({"error": str(error)})
+        records.put(record_of(error))
         raise

@@ -72,8 +72,9 @@ def fine_tune(
         ``packing`` and ``backend`` as they ran, ``resumed_from`` (steps) and ``peak_memory_gib``.
 
     Raises:
-        PlatformError: a bad example (file and line), a diverging loss, a full disk, a killed process, data that
-            changed under a run that was cut off.
+        DivergenceError: the loss grows or is no number.
+        PlatformError: a bad example (file and line), a full disk, a killed process, data that changed under a run that
+            was cut off.
     """
     _refuse_without_package(settings)
     base = read_manifest(base_folder, kind="base_model")

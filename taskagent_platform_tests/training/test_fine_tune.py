@@ -16,7 +16,7 @@ import pytest
 
 from taskagent_platform.artifacts import Manifest, file_digest, read_manifest
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.training._process import run_payload
+from taskagent_platform.training._process import DivergenceError, run_payload
 from taskagent_platform.training.fine_tune import fine_tune
 from taskagent_platform_tests.training.conversations import example, write_jsonl
 from taskagent_platform_tests.training.small_training import STEPS, settings_with, write_data
@@ -214,7 +214,7 @@ def test_a_payload_dies_with_its_parent(base_folder: Path, data: tuple[Path, Pat
 @pytest.mark.slow
 def test_a_diverging_loss_is_an_error(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
     settings = settings_with(learning_rate=1e30, warmup_ratio=0.0)
-    with pytest.raises(PlatformError, match=r"(loss is nan|not finite|diverges).*learning_rate"):
+    with pytest.raises(DivergenceError, match=r"(loss is nan|not finite|diverges).*learning_rate"):
         fine_tune(settings, base_folder, *data, tmp_path / "lora_adapter", {})
     assert not (tmp_path / "lora_adapter").exists()
 
