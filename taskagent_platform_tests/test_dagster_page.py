@@ -100,7 +100,8 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    made = browser.new_page(base_url=url, viewport={"width": 1440, "height": 900})
+    # The tables of an asset's page are wide.
+    made = browser.new_page(base_url=url, viewport={"width": 1840, "height": 1050})
     made.set_default_timeout(PAGE_TIMEOUT_S * 1000)
     expect.set_options(timeout=PAGE_TIMEOUT_S * 1000)
     yield made
