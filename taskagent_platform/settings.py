@@ -239,10 +239,10 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 2400, "function_calling": 2800, "multi_tool": 2800},
+        "data": {"structured_outputs": 2500, "function_calling": 2850, "multi_tool": 2550},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 20,
+            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 16,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },

@@ -34,7 +34,7 @@ _SHORT = 6
 _JOINTS = (" and ", " and ", ", and ", " and also ", ", then ", "; ", ". ", ". Also, ", ", plus ", ", also ")
 _SHARES_OF_CLAUSES = (0.6, 0.28, 0.12)
 """How many requests get no, one or two more attributes."""
-_SHARES_OF_JOINED = (0.52, 0.36, 0.12)
+_SHARES_OF_JOINED = (0.68, 0.26, 0.06)
 """How many joined requests ask for two, three or four calls."""
 _DATED = frozenset({"date", "when", "onday", "at", "day", "range"})
 _JOINTS_OF_SENTENCES = (" ", " Also, ", " And ", " Then ")
@@ -340,7 +340,7 @@ class ExampleWriter(ABC):
             opener=rng.choice(self.values("openers")) if rng.random() < 0.2 else "",
             closer=rng.choice(self.values("closers")) if rng.random() < 0.13 else "",
             lower=case < 0.16,
-            upper=case > 0.96,
+            upper=case > 0.98,
             capital=rng.random() < 0.7,
             bare_end=rng.random() < 0.35,
             slip=rng.random() < 0.1,

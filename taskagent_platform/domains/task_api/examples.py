@@ -31,12 +31,12 @@ class TaskApiWriter(ExampleWriter):
             "get_calendar+": 5,
         },
         "function_calling": {
-            "create_task": 17, "list_tasks": 19, "overdue": 5, "complete_task": 12, "delete_task": 10,
-            "get_calendar": 11, "create_project": 3, "no_tool": 18, "missing": 10,
+            "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
+            "get_calendar": 11, "create_project": 6, "no_tool": 16, "missing": 5,
         },
-        "multi_tool": {"chains": 36, "parallel": 30, COMBINED: 26, "corrections": 8},
+        "multi_tool": {"chains": 38, "parallel": 32, COMBINED: 22, "corrections": 8},
     }  # fmt: skip
-    shares_answered = {"single": 0.2, "parallel": 0.4, COMBINED: 0.3, "chains": 0.6, "corrections": 0.4}
+    shares_answered = {"single": 0.15, "parallel": 0.4, COMBINED: 0.3, "chains": 0.6, "corrections": 0.4}
     shares_missing = {"single": 0.08}
 
     def __init__(self, rng: random.Random, now: datetime) -> None:
@@ -79,7 +79,7 @@ class TaskApiWriter(ExampleWriter):
                 elif name == "project_id" and isinstance(value, tuple):
                     self._mention(projects, "project_id", "name", "proj", self.mean(value), "names")
         # Some lists are as long as those of people who live with one.
-        long = any(call.tool == "list_tasks" for call in template.calls) and rng.random() < 0.25
+        long = any(call.tool == "list_tasks" for call in template.calls) and rng.random() < 0.12
         for _ in range(rng.randint(4, 14) if long else rng.choice((0, 0, 1, 1, 2))):
             title = rng.choice(self.values("titles"))
             self._mention(tasks, "task_id", "title", "task", title[0].upper() + title[1:], "titles")

@@ -32,12 +32,23 @@ _ADJECTIVES = {
 }
 _SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday": "Thu", "Friday": "Fri"}
 _SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
+_COMPOSED = 0.4
+"""How many titles, things and names are put together from single words."""
 _NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten"}
 
 
 def _ordinal(day: int) -> str:
     suffix = "th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
     return f"{day}{suffix}"
+
+
+def _two_digits(day: date) -> str:
+    """Returns the day of the month as people and as dates write it.
+
+    Noted before the date: right behind the month, a small model goes on with the digit that the user wrote, and the 3rd
+    becomes the 30th.
+    """
+    return f"{day.day} {day.day:02d}"
 
 
 class _Day(NamedTuple):
@@ -106,12 +117,34 @@ class Wording:
 
     def _fresh(self, name: str) -> Filled:
         """Draws a value that this request does not hold yet."""
-        value = self.rng.choice([v for v in self.rng.sample(values(VALUES / f"{name}.txt"), 8) if v not in self._used])
+        composed = {"titles": self._composed_title, "nouns": self._composed, "names": self._composed_name}
+        if name in composed and self.rng.random() < _COMPOSED:
+            value = composed[name]()
+        else:
+            drawn = self.rng.sample(values(VALUES / f"{name}.txt"), 8)
+            value = self.rng.choice([v for v in drawn if v not in self._used])
         self._used.add(value)
         return Filled(value, value)
 
+    def _composed(self) -> str:
+        """Returns a thing of two words that nobody wrote down: what is new has to be copied, not remembered."""
+        return f"{self._one('modifiers')} {self._one('heads')}"
+
+    def _composed_title(self) -> str:
+        article = self.rng.choice(("the ", "the ", "a ", "my ", "our ", "", ""))
+        head = self._composed() if self.rng.random() < 0.6 else self._one("heads")
+        if article == "a " and head[0] in "aeiou":
+            article = "an "
+        return f"{self._one('verbs')} {article}{head}"
+
+    def _composed_name(self) -> str:
+        return self._composed().title()
+
+    def _one(self, name: str) -> str:
+        return self.rng.choice(values(VALUES / f"{name}.txt"))
+
     def _label(self) -> Filled:
-        if self.rng.random() < 0.75:
+        if self.rng.random() < 0.6:
             return self._fresh("labels")
         title = self._fresh("titles").value
         title = title[0].upper() + title[1:] if self.rng.random() < 0.6 else title.title().replace("'S", "'s")
@@ -171,7 +204,7 @@ class Wording:
             f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
             f"{month} the {nth}", f"{day.month}/{day.day}",
         )  # fmt: skip
-        return _Day(self.rng.choice(wordings), day, f"{month} {written(day, self.now)}")
+        return _Day(self.rng.choice(wordings), day, f"{_two_digits(day)}, {month} {written(day, self.now)}")
 
     def _named_day(self) -> _Day:
         """Draws a day that a single word names: today, tomorrow, a weekday, next Monday."""
@@ -229,9 +262,9 @@ class Wording:
             return self._iso(self.now.date() + timedelta(days=self.rng.randint(0, 400)))
         if kind < 0.88:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
-            return _Day(
-                f"the {_ordinal(day.day)}", day, f"{self._line('today')}, {_ordinal(day.day)} {written(day, self.now)}"
-            )
+            nth = _ordinal(day.day)
+            note = f"{_two_digits(day)}, {self._line('today')}, {nth} {written(day, self.now)}"
+            return _Day(f"the {nth}", day, note)
         if kind < 0.93:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
             return self._word("end of the week", self.rng.choice(words))

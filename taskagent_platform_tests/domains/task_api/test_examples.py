@@ -93,9 +93,34 @@ def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
             clock = re.fullmatch(r"[0-9:]+[ap]m", word) or f"{note.removesuffix(':00')}," in f"{hours},"
             month = any(word.startswith(name) for name in MONTHS)
             soon = any(note.startswith(f"{line} ") for line in lines if line.startswith("in "))
-            assert note in lines or month or clock or soon or "today" in asked["content"], note
+            two_digits = word.isdigit() and meaning == f"{int(word):02d}"
+            assert note in lines or month or clock or soon or two_digits or "today" in asked["content"], note
             noted += any(meaning in str(value) for value in arguments.values())
     assert noted > 80
+
+
+def test_the_day_of_the_month_is_noted_in_two_digits_before_its_date():
+    found = 0
+    for example in generate("structured_outputs", 300, 5, MOMENTS):
+        for day, written, month, noted in re.findall(
+            r"(\d+) (\d+), ([A-Z][a-z]+) (?:\d{4}-)?(\d\d-\d\d)", example.messages[2]["content"] or ""
+        ):
+            assert (written, noted) == (f"{int(day):02d}", f"{MONTHS.index(month) + 1:02d}-{written}")
+            found += 1
+    assert found > 20
+
+
+def test_some_titles_are_put_together_from_words_that_nobody_put_together():
+    listed = set(TaskApiWriter.values("titles")) | set(TaskApiWriter.values("nouns"))
+    titles = [
+        json.loads(call["function"]["arguments"])["title"].casefold()
+        for example in generate("structured_outputs", 300, 5, MOMENTS)
+        for call in example.messages[2].get("tool_calls") or []
+        if call["function"]["name"] == "create_task"
+    ]
+    new = [title for title in titles if title not in {one.casefold() for one in listed}]
+    assert len(titles) > 80
+    assert 0.2 < len(new) / len(titles) < 0.8
 
 
 def test_the_plan_names_what_was_mentioned_in_the_order_of_the_request():
