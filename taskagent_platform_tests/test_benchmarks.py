@@ -93,8 +93,9 @@ def test_every_way_of_training_is_timed_on_the_same_examples(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     assert list(found) == ["plain", "trl", "prefix"]
-    assert found["plain"]["examples"] == found["prefix"]["examples"] == 16
+    assert found["plain"]["steps"] == found["prefix"]["steps"] == 2
     for one in found.values():
+        assert one["examples"] == 16, "equal work"
         assert one["examples_per_s"] == pytest.approx(one["examples"] / one["seconds"])
         assert one["peak_memory_gib"] > 0.1
     # A pack holds the tools and the dates once, and plain training each of its eight times.
@@ -102,3 +103,18 @@ def test_every_way_of_training_is_timed_on_the_same_examples(tmp_path: Path) -> 
     ratio = found["prefix"]["examples_per_s"] / found["plain"]["examples_per_s"]
     (row,) = [line for line in done.stdout.splitlines() if "prefix-shared packs" in line and "│" in line]
     assert f" {ratio:.1f} " in row
+
+
+def test_a_benchmark_of_training_needs_the_examples_that_a_demo_makes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "training.py"), "--profile", "smoke"],
+        env={**os.environ, "TASKAGENT_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert (
+        f"no training examples in {tmp_path}/smoke/task_api/training_dataset/train.jsonl; run `make demo`"
+        in done.stderr
+    )
