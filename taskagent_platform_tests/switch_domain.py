@@ -141,13 +141,7 @@ class SwitchDomain(Domain):
 def _ask(source: str, rng: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """Draws a request and the calls that it asks for."""
     if source == "multi_tool":
-        first, second = rng.sample(ROOMS, 2)
-        calls = [(rng.choice(("switch_on", "switch_off")), {"room": room}) for room in (first, second)]
-        asked = [
-            f"{rng.choice(_ON if tool == 'switch_on' else _OFF)} {rng.choice(_PLACES).format(room=arguments['room'])}"
-            for tool, arguments in calls
-        ]
-        return f"{asked[0]} and {asked[1]}{rng.choice(_ENDS)}", calls
+        return ask_several(2, rng)
     kind = rng.choice(("on", "off", "remove", "list", "greet"))
     end = rng.choice(_ENDS)
     if kind == "greet":
@@ -157,6 +151,17 @@ def _ask(source: str, rng: random.Random) -> tuple[str, list[tuple[str, dict[str
     tool, verbs = {"on": ("switch_on", _ON), "off": ("switch_off", _OFF), "remove": ("remove_lamp", _REMOVE)}[kind]
     words, room = _switching(verbs, rng)
     return f"{words}{end}", [(tool, {"room": room})]
+
+
+def ask_several(count: int, rng: random.Random) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """Draws a request for several calls, each of another room, and these calls."""
+    rooms = rng.sample(ROOMS, count)
+    calls = [(rng.choice(("switch_on", "switch_off")), {"room": room}) for room in rooms]
+    asked = [
+        f"{rng.choice(_ON if tool == 'switch_on' else _OFF)} {rng.choice(_PLACES).format(room=arguments['room'])}"
+        for tool, arguments in calls
+    ]
+    return f"{', '.join(asked[:-1])} and {asked[-1]}{rng.choice(_ENDS)}", calls
 
 
 def _switching(verbs: Sequence[str], rng: random.Random) -> tuple[str, str]:

@@ -5,9 +5,6 @@ The stand-in for the model answers a kind of chain only if enough examples of it
 """
 
 import json
-import random
-from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from taskagent_platform.data.source import make_source
 from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.data.targeted import make_targeted_examples, usable_targeted
 from taskagent_platform.data.training_dataset import TRAIN_FILE, make_training_dataset
-from taskagent_platform.domains.base import Example
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.diagnosis import diagnose, load_diagnosis, save_diagnosis
 from taskagent_platform.evaluation.report import load_report, save_report
@@ -31,29 +27,10 @@ from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.evaluation.light_server import LightServer
 from taskagent_platform_tests.serving.fake_server import serve
-from taskagent_platform_tests.switch_domain import ROOMS, SwitchDomain
+from taskagent_platform_tests.starved_domain import THREE_CALLS, StarvedDomain
+from taskagent_platform_tests.switch_domain import ROOMS
 
-THREE = Pattern("calls", "3")
 ENOUGH = 5
-
-
-class StarvedDomain(SwitchDomain):
-    """Makes chains of three calls, but not in the data of the settings' own seed."""
-
-    starved_seed = 42
-
-    def generate(self, source: str, count: int, seed: int, moments: Sequence[datetime]) -> Iterator[Example]:
-        rng = random.Random(f"three {seed}")
-        for number, example in enumerate(super().generate(source, count, seed, moments)):
-            if source == "multi_tool" and seed != self.starved_seed and number % 2:
-                rooms = rng.sample(ROOMS, 3)
-                now = datetime.fromisoformat(example.meta["now"])
-                calls = [("switch_on", {"room": room}) for room in rooms]
-                words = f"start {rooms[0]}, {rooms[1]} and {rooms[2]} at {seed}/{number}"
-                meta = {key: example.meta[key] for key in ("source", "pattern", "seed", "now")}
-                yield self._example(words, calls, now, meta)
-            else:
-                yield example
 
 
 class Workshop:
@@ -78,7 +55,7 @@ class Workshop:
         if usable_targeted(self.folder / TARGETED):
             sources[TARGETED] = self.folder / TARGETED
         make_training_dataset(self.settings, self.domain, sources, self.folder / "training_dataset")
-        knows = self.learns and count_patterns(self.training()).get(THREE, 0) >= ENOUGH
+        knows = self.learns and count_patterns(self.training()).get(THREE_CALLS, 0) >= ENOUGH
         weights = f"knows three: {knows}, {len(self.training())} examples"
         merged = self.folder / "merged_model"
         with new_artifact(merged, kind="merged_model", inputs={}, settings={}, code_version="1") as scratch:
@@ -169,12 +146,12 @@ def test_a_model_starved_of_three_call_chains_recovers_them(settings: Settings, 
     shop = Workshop(settings, domain)
     outcome = shop.improve(3)
     assert "Before: 30 of 40 cases right, 4 of 5 gates pass" in shop.told[1]
-    assert THREE in load_diagnosis(shop.folder / "failure_diagnosis").wanted
+    assert THREE_CALLS in load_diagnosis(shop.folder / "failure_diagnosis").wanted
     assert outcome == Outcome("the gates pass", rounds=1, best_round=1, right=(40, 40))
     made = list(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
     assert len(made) >= ENOUGH
     assert all(record["meta"]["source"] == TARGETED for record in made)
-    assert read_manifest(shop.folder / TARGETED).details["made"][str(THREE)] > 0
+    assert read_manifest(shop.folder / TARGETED).details["made"][str(THREE_CALLS)] > 0
 
 
 def test_rounds_that_do_not_help_end_and_leave_the_best_in_place(settings: Settings, domain: StarvedDomain) -> None:
@@ -216,11 +193,11 @@ def test_targeted_examples_are_new_and_kept_beside_the_earlier_ones(settings: Se
             return None
         return [record["messages"][1]["content"] for record in read_jsonl(folder / "examples.jsonl")]
 
-    first = make({THREE: 4, Pattern("slice", "typos"): 9})
+    first = make({THREE_CALLS: 4, Pattern("slice", "typos"): 9})
     assert first is not None
     assert len(first) == 4
     assert not asked & set(first)
-    both = make({THREE: 3})
+    both = make({THREE_CALLS: 3})
     assert both is not None
     assert (both[:4], len(set(both))) == (first, 7)
     assert make({Pattern("calls", "9"): 3}) is None, "no generator makes that"

@@ -5,7 +5,6 @@ test leaves the home folder as the next one expects it.
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,7 +17,6 @@ from typing import Any
 
 import dagster as dg
 import httpx
-import psutil
 import pytest
 
 from taskagent_platform.agent.state import stored_backend
@@ -28,14 +26,12 @@ from taskagent_platform.defs.instance import open_instance
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.defs.tracking import MODEL_TAG, Tracking, store_uri
 from taskagent_platform.serving.active import active_file, read_active
-from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import Settings, load_settings
-from taskagent_platform_tests.switch_base import make_switch_base
 from taskagent_platform_tests.switch_domain import ROOMS, SWITCHES
+from taskagent_platform_tests.switch_home import left_over, started_here, switch_home, taskagent
 
 pytestmark = pytest.mark.timeout(1800)
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = {"STRUCTURED_OUTPUTS": "230", "FUNCTION_CALLING": "270", "MULTI_TOOL": "205"}
 # What a tiny model passes once it has learned anything of its domain.
 LOW_GATES = {"TOOL_SELECTION": "0.3", "ARGUMENT_EXTRACTION": "0.3", "JSON_VALIDITY": "0.5", "MULTI_TOOL": "0.2"}
@@ -43,35 +39,10 @@ LOW_GATES = {"TOOL_SELECTION": "0.3", "ARGUMENT_EXTRACTION": "0.3", "JSON_VALIDI
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The variables that every process of the story runs with; afterwards, nothing of it runs any more."""
-    folder = tmp_path_factory.mktemp("main_job")
-    # The domain is offered as another package would: by an entry point.
-    package = folder / "site" / "switches-0.1.dist-info"
-    package.mkdir(parents=True)
-    make_switch_base(folder / "base")
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: switches\nVersion: 0.1\n")
-    module = "taskagent_platform_tests.switch_domain:SWITCHES"
-    (package / "entry_points.txt").write_text(f"[taskagent.domains]\nswitches = {module}\n")
-    made = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("TASKAGENT_", "DAGSTER_"))},
-        "PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)]),
-        "TASKAGENT_HOME": str(folder / "home"),
-        "TASKAGENT_PROFILE": "smoke",
-        "TASKAGENT_DOMAIN": SWITCHES.name,
-        "TASKAGENT_SERVING__PORT": str(free_port()),
-        "TASKAGENT_BASE_MODEL__SOURCE": str(folder / "base"),
-        # Two calls are 78 tokens of the small vocabulary.
-        "TASKAGENT_SERVING__MAX_TOKENS": "96",
-        "TASKAGENT_TRAINING__EPOCHS": "4",
-        "TASKAGENT_TRAINING__LEARNING_RATE": "3e-3",
-        **{f"TASKAGENT_DATA__{name}": value for name, value in DATA.items()},
-    }
-    yield made
-    taskagent(made, "stop")
-    left = left_over(made)
-    for process in started_here(made):
-        process.kill()
-    assert left == []
+    """The variables that every process of the story runs with."""
+    domain = "taskagent_platform_tests.switch_domain:SWITCHES"
+    with switch_home(tmp_path_factory.mktemp("main_job"), domain, DATA) as made:
+        yield made
 
 
 @pytest.fixture
@@ -81,40 +52,8 @@ def settings(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Se
     return load_settings()
 
 
-def taskagent(environment: dict[str, str], *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "taskagent_platform.cli", *arguments],
-        env={**environment, **more},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-
-
 def low(gates: dict[str, str] = LOW_GATES) -> dict[str, str]:
     return {f"TASKAGENT_GATES__{name}": value for name, value in gates.items()}
-
-
-def started_here(environment: dict[str, str]) -> list[psutil.Process]:
-    """Returns the processes that run on this story's home folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            here = process.environ().get("TASKAGENT_HOME") == environment["TASKAGENT_HOME"]
-            if here and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def left_over(environment: dict[str, str]) -> list[str]:
-    """Returns the commands of the processes that still run when those that were told to end have had time to."""
-    deadline = time.monotonic() + 10
-    while (left := started_here(environment)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return [" ".join(process.cmdline()) for process in left if process.is_running()]
 
 
 def run_assets(selection: dg.AssetSelection, run_config: dict[str, Any] | None = None) -> dg.ExecuteInProcessResult:
