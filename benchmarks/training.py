@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a JSONL file of training examples; those of `make demo` by default")
     parser.add_argument("--profile", default="cpu", help="profile whose base model and training settings are used")
     parser.add_argument("--base", type=Path, help="folder of the base model; made on the spot by default")
-    parser.add_argument("--packs", type=int, default=3, help="packs to time (the examples of all contestants)")
+    parser.add_argument("--packs", type=int, default=2, help="packs to time (the examples of all contestants)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--only", choices=CONTESTANTS, nargs="*", default=list(CONTESTANTS))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
