@@ -254,7 +254,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
     "gpu": {
         "base_model": {"source": "unsloth/Llama-3.2-3B-Instruct", "load_in_4bit": True},
         "training": {"backend": "unsloth"},
-        "evaluation": {"concurrency": 64, "latency_requests": 200},
+        "evaluation": {"concurrency": 64, "latency_requests": 200, "samples": 5},
     },
 }  # fmt: skip
 

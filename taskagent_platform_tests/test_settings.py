@@ -16,6 +16,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_real_use_reports_how_often_a_case_is_right_again_and_again(home: Path) -> None:
+    assert load_settings(profile="gpu").evaluation.samples > 1
+
+
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
 def test_every_profile_loads_and_keeps_its_data_apart(profile: str, home: Path) -> None:
     settings = load_settings(profile=profile)
