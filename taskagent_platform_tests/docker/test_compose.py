@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from taskagent_platform.defs.instance import prepare_instance
+from taskagent_platform.defs.tracking import server_environment
 from taskagent_platform.serving.server import server_command
 from taskagent_platform.settings import PROJECT_ROOT, Settings, load_settings
 
@@ -111,6 +112,11 @@ def test_no_password_is_written_down_and_nobody_is_root(compose, services):
     for name, service in services.items():
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
+
+
+def test_mlflow_is_as_quiet_as_on_a_workstation(services):
+    wanted = {name: value for name, value in server_environment().items() if name.startswith("MLFLOW_")}
+    assert wanted.items() <= services["mlflow"]["environment"].items()
 
 
 def test_no_password_is_among_the_arguments_of_a_program(services):
