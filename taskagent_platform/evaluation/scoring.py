@@ -565,8 +565,6 @@ def _destruction_of_something_else(
 ) -> list[Fault]:
     """Finds the call of a tool that was asked for that would destroy something else."""
     asked = [call for call in case.calls if call.tool in destructive]
-    if answer.is_malformed or not asked:
-        return []
     faults = []
     for row, column in match_calls(asked, answer.calls, tools, ordered=False).items():
         made = answer.calls[column]

@@ -302,15 +302,21 @@ class TestSingleCalls:
             (["lamp_2"], ["wrong_value", "unrequested_destruction"]),
             (["lamp_9"], ["wrong_value"]),
             (["lamp_9", "lamp_2"], ["wrong_value", "extra_call", "unrequested_destruction"]),
+            ([""], ["unparseable"]),
+            (["lamp_1", ""], ["unparseable", "unrequested_destruction"]),
+            (["lamp_2", ""], ["wrong_value", "unparseable", "unrequested_destruction", "unrequested_destruction"]),
         ],
     )
     def test_destroying_something_else_is_a_minefield(self, called: list[str], faults: list[str]) -> None:
         added = {"function": {"name": "add_lamp", "arguments": '{"room": "hall"}'}}
         asked = case_of("argument_extraction", expect("remove_lamp", lamp_id="lamp_1"))
         case = replace(asked, messages=({"role": "assistant", "tool_calls": [added]},))
-        answer = Answer(tuple(attempt("remove_lamp", lamp_id=lamp_id) for lamp_id in called), "")
+        calls = tuple(
+            attempt("remove_lamp", lamp_id=lamp_id) if lamp_id else Attempt("remove_lamp", "{", None)
+            for lamp_id in called
+        )
         score = score_case(
-            case, Conversation((answer,)), TOOLS, destructive=DESTRUCTIVE, replay=replay_on(LIGHTS, case)
+            case, Conversation((Answer(calls, ""),)), TOOLS, destructive=DESTRUCTIVE, replay=replay_on(LIGHTS, case)
         )
         assert types(sound(score)) == faults
 
