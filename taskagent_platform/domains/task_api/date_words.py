@@ -66,7 +66,7 @@ def day_words(now: datetime) -> dict[str, date]:
     for word, weeks in WEEKS_AHEAD.items():
         words[word] = today + timedelta(weeks=weeks)
     words["end of the week"] = friday
-    words["end of the month"] = _month_end(today)
+    words["end of the month"] = month_end(today)
     return words
 
 
@@ -74,19 +74,28 @@ def span_words(now: datetime) -> dict[str, Span]:
     """Returns the span of days that each word means at ``now``, in the order of the prompt."""
     today = now.date()
     monday = today - timedelta(days=today.weekday())
-    next_month = _month_end(today) + timedelta(days=1)
+    next_month = month_end(today) + timedelta(days=1)
     return {
         "this week": Span(monday, monday + timedelta(days=6)),
         "next week": Span(monday + timedelta(days=7), monday + timedelta(days=13)),
         "this weekend": Span(monday + timedelta(days=5), monday + timedelta(days=6)),
-        "this month": Span(today.replace(day=1), _month_end(today)),
-        "next month": Span(next_month, _month_end(next_month)),
+        "this month": Span(today.replace(day=1), month_end(today)),
+        "next month": Span(next_month, month_end(next_month)),
     }
 
 
 def month_years(now: datetime) -> dict[str, int]:
     """Returns the year in which each month is meant: this year's, or next year's for a month that is over."""
     return {name: now.year + (number < now.month) for number, name in enumerate(MONTHS, start=1)}
+
+
+def month_words(now: datetime) -> dict[str, str]:
+    """Returns how a date of each month begins as the table writes it: MM, or YYYY-MM where it is not this year."""
+    years = month_years(now)
+    return {
+        name: f"{number:02d}" if years[name] == now.year else f"{years[name]}-{number:02d}"
+        for number, name in enumerate(MONTHS, start=1)
+    }
 
 
 def soon_words(now: datetime) -> dict[str, datetime]:
@@ -115,18 +124,16 @@ def date_block(now: datetime) -> str:
     lines += [f"{word} {written(day, now)}" for word, day in day_words(now).items()]
     lines += [f"{word} {written_span(span, now)}" for word, span in span_words(now).items()]
     lines += [f"{word} {written_soon(moment, now)}" for word, moment in soon_words(now).items()]
-    lines += [f"{word} {year}" for word, year in month_years(now).items() if year != now.year]
+    lines += [f"{word} {begin}" for word, begin in month_words(now).items()]
     return "\n".join(lines)
 
 
 def fixed_block() -> str:
-    """Returns what is the same at every moment: the hours, and how months and the first days are written in a date."""
-    months = {name: number for number, name in enumerate(MONTHS, start=1)}
+    """Returns what is the same at every moment: the hours, and how the first days are written in a date."""
     days = {str(day): day for day in range(1, 10)}
     return "\n".join(
         [
             "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items()),
-            "months: " + ", ".join(f"{name} {number:02d}" for name, number in months.items()),
             "days: " + ", ".join(f"{name} {number:02d}" for name, number in days.items()),
         ]
     )
@@ -137,5 +144,6 @@ def minute(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M")
 
 
-def _month_end(day: date) -> date:
+def month_end(day: date) -> date:
+    """Returns the last day of the month."""
     return day.replace(day=calendar.monthrange(day.year, day.month)[1])

@@ -27,12 +27,12 @@ class TaskApiWriter(ExampleWriter):
     tools = TOOLS
     mixes = {
         "structured_outputs": {
-            "create_task+": 38, "update_task+": 20, "create_reminder+": 14, "list_tasks+": 17, "create_project+": 6,
-            "get_calendar+": 5,
+            "create_task+": 36, "update_task+": 19, "create_reminder+": 14, "list_tasks+": 16, "create_project+": 6,
+            "get_calendar+": 9,
         },
         "function_calling": {
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
-            "get_calendar": 11, "create_project": 6, "no_tool": 16, "missing": 5,
+            "get_calendar": 11, "create_project": 6, "no_tool": 16, "missing": 7,
         },
         "multi_tool": {"chains": 38, "parallel": 32, COMBINED: 22, "corrections": 8},
     }  # fmt: skip

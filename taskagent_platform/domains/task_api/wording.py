@@ -1,6 +1,7 @@
 """What fills the slots of a request: values and the many ways people write them."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, datetime, timedelta
@@ -14,8 +15,10 @@ from taskagent_platform.domains.task_api.date_words import (
     DAYS_AHEAD,
     MONTHS,
     WEEKDAYS,
+    Span,
     day_words,
     minute,
+    month_end,
     month_years,
     soon_words,
     span_words,
@@ -40,6 +43,15 @@ _NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten"
 def _ordinal(day: int) -> str:
     suffix = "th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th")
     return f"{day}{suffix}"
+
+
+def _weekday(day: date) -> str:
+    return WEEKDAYS[day.weekday()]
+
+
+def _on(day: str) -> str:
+    """Returns the preposition that stands before a day in a sentence, if one does."""
+    return "on " if day[:1].isupper() or day[:1].isdigit() or re.match(r"the \d", day) else ""
 
 
 def _two_digits(day: date) -> str:
@@ -108,6 +120,7 @@ class Wording:
             "day": self._day,
             "onday": self._on_day,
             "range": self._range,
+            "month": self._month,
             "at": self._moment,
             "time": self._time,
             "priority": self._priority,
@@ -188,8 +201,8 @@ class Wording:
         return Filled(name, name)
 
     def _calendar_date(self) -> _Day:
-        """Draws a date written with its month or as numbers, the next such day from now on."""
-        day = self.now.date() + timedelta(days=self.rng.randint(1, 330))
+        """Draws a date written with its month or as numbers, the next such day from now on; most are soon."""
+        day = self.now.date() + timedelta(days=self.rng.randint(1, 60 if self.rng.random() < 0.6 else 330))
         if self.rng.random() < 0.3 and (early := day.replace(day=self.rng.randint(1, 9))) > self.now.date():
             day = early  # the days that a date writes otherwise than people do
         # The years of the prompt's month table decide; a day of this month that is over would be disputed.
@@ -202,9 +215,25 @@ class Wording:
         wordings = (
             f"{month} {nth}", f"{month} {nth}", f"{month} {day.day}", f"{month} {day.day}", f"{day.day} {month}",
             f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
-            f"{month} the {nth}", f"{day.month}/{day.day}",
+            f"{month} the {nth}", f"{day.month}/{day.day}", f"{day.month}/{day.day}", f"{_weekday(day)}, {month} {nth}",
+            f"{_weekday(day)} {month} {day.day}",
         )  # fmt: skip
         return _Day(self.rng.choice(wordings), day, f"{_two_digits(day)}, {month} {written(day, self.now)}")
+
+    def _day_of_month(self) -> _Day:
+        """Draws "the 26th" or "Friday the 26th", the next such day."""
+        day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
+        nth = _ordinal(day.day)
+        note = f"{_two_digits(day)}, {self._line('today')}, {nth} {written(day, self.now)}"
+        return _Day(f"the {nth}" if self.rng.random() < 0.6 else f"{_weekday(day)} the {nth}", day, note)
+
+    def _end_of_month(self) -> _Day:
+        """Draws the last day of a month that is named."""
+        first = (self.now.date() + timedelta(days=self.rng.randint(0, 120))).replace(day=1)
+        month = MONTHS[first.month - 1]
+        day = month_end(first)
+        text = self.rng.choice((f"the end of {month}", f"the end of {month}", f"end of {month}"))
+        return _Day(text, day, f"end of {month} {written(day, self.now)}")
 
     def _named_day(self) -> _Day:
         """Draws a day that a single word names: today, tomorrow, a weekday, next Monday."""
@@ -261,11 +290,10 @@ class Wording:
         if kind < 0.84:
             return self._iso(self.now.date() + timedelta(days=self.rng.randint(0, 400)))
         if kind < 0.88:
-            day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
-            nth = _ordinal(day.day)
-            note = f"{_two_digits(day)}, {self._line('today')}, {nth} {written(day, self.now)}"
-            return _Day(f"the {nth}", day, note)
-        if kind < 0.93:
+            return self._day_of_month()
+        if kind < 0.9:
+            return self._end_of_month()
+        if kind < 0.94:
             words = ("end of the week", "the end of the week", "end of week", "the end of this week")
             return self._word("end of the week", self.rng.choice(words))
         if kind < 0.97:
@@ -304,15 +332,20 @@ class Wording:
         return replace(noun, text=f"{before} {noun.text}")
 
     def _day(self) -> Filled:
-        return (self._named_day() if self.rng.random() < 0.75 else self._calendar_date()).filled()
+        return self._single_day().filled()
+
+    def _single_day(self) -> _Day:
+        kind = self.rng.random()
+        if kind < 0.68:
+            return self._named_day()
+        return self._calendar_date() if kind < 0.92 else self._day_of_month()
 
     def _on_day(self) -> Filled:
         kind = self.rng.random()
         if kind < 0.12:
             return self._ahead().filled()
-        found = self._named_day() if kind < 0.75 else self._calendar_date()
-        on = "on " if kind >= 0.75 or found.text[:1].isupper() else ""
-        return replace(found.filled(), text=on + found.text)
+        found = self._single_day()
+        return replace(found.filled(), text=_on(found.text) + found.text)
 
     def _range(self) -> Filled:
         word = self.rng.choice(("this week", "this week", "next week", "next week", "this weekend", "this month",
@@ -321,6 +354,14 @@ class Wording:
         parts = {"start": str(span.start), "end": str(span.end)}
         text = self.rng.choice(("the weekend", word)) if word == "this weekend" else word
         return Filled(text, parts["start"], parts, self._span_note(word))
+
+    def _month(self) -> Filled:
+        """Draws a whole month by its name, this one or one of the next."""
+        first = (self.now.date() + timedelta(days=self.rng.randint(0, 150))).replace(day=1)
+        span = Span(first, month_end(first))
+        month = MONTHS[first.month - 1]
+        parts = {"start": str(span.start), "end": str(span.end)}
+        return Filled(month, parts["start"], parts, f"{month} {written_span(span, self.now)}")
 
     def _clock(self) -> _Clock:
         """Draws a clock time."""
@@ -386,14 +427,18 @@ class Wording:
                 return found.at(f"{found.text} in the {part}", clock)
             on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
             return found.at(f"{on}{found.text} {part}", clock)
-        found = self._named_day() if kind < 0.81 else self._calendar_date()
+        found = self._single_day()
         if kind > 0.95:
             found = self._iso(self.now.date() + timedelta(days=self.rng.randint(1, 300)))
+        elif kind > 0.91:
+            found = self._ahead()
         clock = self._clock()
         said, word = clock.text, found.text
-        on = "on " if word[:1].isupper() or word[:1].isdigit() or (word.startswith("the ") and "of" in word) else ""
+        on = _on(word)
         texts = [f"{on}{word} at {said}", f"{on}{word} at {said}", f"at {said} {on}{word}"]
-        texts.append(f"{word} {said}" if said[:1].isdigit() and not word[-1:].isdigit() else texts[0])
+        # Digits after digits are told apart where both have their signs: 2024-01-18 16:00.
+        apart = not word[-1:].isdigit() or ("-" in word and ":" in said)
+        texts.append(f"{word} {said}" if said[:1].isdigit() and apart else texts[0])
         return found.at(self.rng.choice(texts), clock)
 
     def _priority(self) -> Filled:
