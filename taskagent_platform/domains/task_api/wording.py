@@ -22,6 +22,7 @@ from taskagent_platform.domains.task_api.date_words import (
     month_years,
     soon_words,
     span_words,
+    two_digits,
     written,
     written_soon,
     written_span,
@@ -49,18 +50,13 @@ def _weekday(day: date) -> str:
     return WEEKDAYS[day.weekday()]
 
 
+def _month_name(day: date) -> str:
+    return MONTHS[day.month - 1]
+
+
 def _on(day: str) -> str:
     """Returns the preposition that stands before a day in a sentence, if one does."""
     return "on " if day[:1].isupper() or day[:1].isdigit() or re.match(r"the \d", day) else ""
-
-
-def _two_digits(day: date) -> str:
-    """Returns the day of the month as people and as dates write it.
-
-    Noted before the date: right behind the month, a small model goes on with the digit that the user wrote, and the 3rd
-    becomes the 30th.
-    """
-    return f"{day.day} {day.day:02d}"
 
 
 class _Day(NamedTuple):
@@ -206,11 +202,11 @@ class Wording:
         if self.rng.random() < 0.3 and (early := day.replace(day=self.rng.randint(1, 9))) > self.now.date():
             day = early  # the days that a date writes otherwise than people do
         # The years of the prompt's month table decide; a day of this month that is over would be disputed.
-        if month_years(self.now)[MONTHS[day.month - 1]] != day.year:
+        if month_years(self.now)[_month_name(day)] != day.year:
             day = self.now.date() + timedelta(days=self.rng.randint(1, 60))
-            if month_years(self.now)[MONTHS[day.month - 1]] != day.year:
+            if month_years(self.now)[_month_name(day)] != day.year:
                 day = self.now.date() + timedelta(days=1)
-        month = MONTHS[day.month - 1]
+        month = _month_name(day)
         nth = _ordinal(day.day)
         wordings = (
             f"{month} {nth}", f"{month} {nth}", f"{month} {day.day}", f"{month} {day.day}", f"{day.day} {month}",
@@ -218,20 +214,19 @@ class Wording:
             f"{month} the {nth}", f"{day.month}/{day.day}", f"{day.month}/{day.day}", f"{_weekday(day)}, {month} {nth}",
             f"{_weekday(day)} {month} {day.day}",
         )  # fmt: skip
-        return _Day(self.rng.choice(wordings), day, f"{_two_digits(day)}, {month} {written(day, self.now)}")
+        return _Day(self.rng.choice(wordings), day, f"{two_digits(day.day)}, {month} {written(day, self.now)}")
 
     def _day_of_month(self) -> _Day:
         """Draws "the 26th" or "Friday the 26th", the next such day."""
         day = self.now.date() + timedelta(days=self.rng.randint(1, 27))
         nth = _ordinal(day.day)
-        note = f"{_two_digits(day)}, {self._line('today')}, {nth} {written(day, self.now)}"
+        note = f"{two_digits(day.day)}, {self._line('today')}, {nth} {written(day, self.now)}"
         return _Day(f"the {nth}" if self.rng.random() < 0.6 else f"{_weekday(day)} the {nth}", day, note)
 
     def _end_of_month(self) -> _Day:
         """Draws the last day of a month that is named."""
-        first = (self.now.date() + timedelta(days=self.rng.randint(0, 120))).replace(day=1)
-        month = MONTHS[first.month - 1]
-        day = month_end(first)
+        day = self._month_ahead(120).end
+        month = _month_name(day)
         text = self.rng.choice((f"the end of {month}", f"the end of {month}", f"end of {month}"))
         return _Day(text, day, f"end of {month} {written(day, self.now)}")
 
@@ -357,11 +352,15 @@ class Wording:
 
     def _month(self) -> Filled:
         """Draws a whole month by its name, this one or one of the next."""
-        first = (self.now.date() + timedelta(days=self.rng.randint(0, 150))).replace(day=1)
-        span = Span(first, month_end(first))
-        month = MONTHS[first.month - 1]
+        span = self._month_ahead(150)
+        month = _month_name(span.start)
         parts = {"start": str(span.start), "end": str(span.end)}
         return Filled(month, parts["start"], parts, f"{month} {written_span(span, self.now)}")
+
+    def _month_ahead(self, days: int) -> Span:
+        """Draws the month of a day at most so many days ahead."""
+        day = self.now.date() + timedelta(days=self.rng.randint(0, days))
+        return Span(day.replace(day=1), month_end(day))
 
     def _clock(self) -> _Clock:
         """Draws a clock time."""
