@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from taskagent_platform.artifacts import read_manifest
+from taskagent_platform.data.distribution import Distribution
 from taskagent_platform.doctor import preflight
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.domains.registry import find_domain
@@ -98,7 +100,7 @@ def _show_failure(
     stopping = [check for check in progress.failed_checks if check.stops]
     gates = [check for check in stopping if check.asset == "eval_report"]
     if gates:
-        say("\n" + _report_text(settings, domain))
+        say("\n" + _reports(settings, domain))
         for gate in gates:
             say(f"Gate {gate.name} blocks the model: {gate.description}")
         say(f"Nothing was deployed. {_champion(settings, domain)}")
@@ -123,7 +125,7 @@ def _show_success(
     reused = [stage.name for stage in progress.stages.values() if stage.state == "reused"]
     if reused:
         say(f"\nUp to date and reused: {', '.join(reused)}.")
-    say("\n" + _report_text(settings, domain))
+    say("\n" + _reports(settings, domain))
     for check in progress.failed_checks:
         say(f"Note: the check {check.name} of {check.asset} warns: {check.description}")
     present = read_active(active_file(settings)).domains.get(domain.name)
@@ -158,13 +160,16 @@ def _write_example_request(settings: Settings, domain: Domain) -> Path:
     return path
 
 
-def _report_text(settings: Settings, domain: Domain) -> str:
+def _reports(settings: Settings, domain: Domain) -> str:
+    """Returns what the model learned from, and what it was measured to get right of the suites."""
     from taskagent_platform.evaluation.report import load_report, render_report
 
     folder = settings.folder(domain.name)
+    dataset = Distribution.model_validate(read_manifest(folder / "training_dataset").details["distribution"])
     base: EvalReport | None
     try:
         base = load_report(folder / "base_eval_report")
     except PlatformError:
         base = None
-    return render_report(load_report(folder / "eval_report"), settings.gates, base=base)
+    report = render_report(load_report(folder / "eval_report"), settings.gates, base=base)
+    return f"TRAINING DATASET  {domain.name}\n{dataset.text()}\n\n{report}"

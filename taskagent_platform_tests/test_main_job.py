@@ -119,6 +119,7 @@ def test_a_model_that_fails_its_gates_is_not_deployed(environment, settings):
     done = taskagent(environment, "demo")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "base_model: reused" in done.stdout
+    assert re.search(r"^TRAINING DATASET  switches\nexamples +\d+$", done.stdout, re.MULTILINE)
     assert "OVERALL: FAIL" in done.stdout
     assert "Gate argument_extraction blocks the model" in done.stdout
     assert re.search(

@@ -37,10 +37,10 @@ class Distribution(BaseModel):
         """The share of examples with one call or none, from 0 to 1."""
         return 1 - self.multi_tool / self.total if self.total else 0.0
 
-    def table(self) -> str:
-        """Returns the report as Markdown."""
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the report line by line: what is counted, and the count."""
         single = self.total - self.multi_tool
-        rows = [
+        return [
             ("examples", str(self.total)),
             ("single-tool (none included)", f"{single} ({self.single_share:.1%})"),
             ("multi-tool", f"{self.multi_tool} ({1 - self.single_share:.1%})"),
@@ -49,7 +49,15 @@ class Distribution(BaseModel):
             *((f"source {name}", str(count)) for name, count in self.sources.items()),
             *((f"calls of {name}", str(count)) for name, count in self.tool_usage.items()),
         ]
-        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+    def table(self) -> str:
+        """Returns the report as Markdown."""
+        return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.rows())])
+
+    def text(self) -> str:
+        """Returns the report for a terminal."""
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:{width}}  {value:>14}" for name, value in self.rows())
 
 
 def distribution(domain: Domain, records: Sequence[Record]) -> Distribution:
