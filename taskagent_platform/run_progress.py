@@ -153,7 +153,7 @@ class RunProgress:
             # A check that blocks fails its step, too; what it found is told already.
             error = event.step_failure_data.error if kind == "STEP_FAILURE" else None
             if error is not None and error.cls_name != _CHECK_FAILED:
-                self.errors.append(_reason(event))
+                self.errors.append(failure_reason(event))
         elif kind == "STEP_START":
             self.stages[name] = StageProgress(name, "running", entry.timestamp)
         elif kind == "STEP_SKIPPED":
@@ -175,8 +175,9 @@ class RunProgress:
         stage.ended = when
         if kind == "STEP_FAILURE":
             stage.state = "failed"
-            stage.note = _reason(event)
-            self.errors.append(f"{stage.name}: {stage.note}")
+            reason = failure_reason(event)
+            stage.note = reason.splitlines()[0]
+            self.errors.append(f"{stage.name}: {reason}")
         elif stage.state == "running":
             stage.state = "done"
 
@@ -199,15 +200,15 @@ class RunProgress:
         return name if name in self.stage_names else None
 
 
-def _reason(event: Any) -> str:
-    """Returns the sentence behind a failed step: the platform's own where there is one."""
+def failure_reason(event: Any) -> str:
+    """Returns why a step failed: the platform's own words where there are any, else the first error's."""
     data = event.step_failure_data
     if data.user_failure_data is not None and data.user_failure_data.description:
         return str(data.user_failure_data.description)
     error = data.error
     while error is not None and error.cause is not None:
         error = error.cause
-    return error.message.strip().splitlines()[0] if error is not None and error.message.strip() else "it failed"
+    return (error.message.strip() if error is not None else "") or "no reason was recorded"
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dagster as dg
 
 from taskagent_platform.alerts import Alert, outbox, run_link, what_serves
 from taskagent_platform.defs.alert_sensor import status_at_first
+from taskagent_platform.run_progress import failure_reason
 from taskagent_platform.settings import load_settings, settings
 
 NAME = "run_failure"
@@ -25,13 +26,13 @@ def run_failure_sensor() -> dg.SensorDefinition:
             return dg.SkipReason(f"Run {run.run_id[:8]} was stopped by a check, which is told by itself.")
         present = load_settings()
         domain = run.tags.get("domain", present.domain)
-        reasons = [f"{event.step_key}: {_reason(event)}" for event in broken] or [context.failure_event.message or ""]
+        reasons = [f"{event.step_key}: {failure_reason(event)}" for event in broken]
         alert = Alert.now(
             f"run/{run.run_id}",
             f"Run {run.run_id[:8]} of {run.job_name} failed",
             "failure",
             [
-                ("Why", "\n".join(reasons)),
+                ("Why", "\n".join(reasons) or context.failure_event.message or ""),
                 ("Serving", what_serves(present, domain)),
                 ("Run", run_link(present, run.run_id)),
             ],
@@ -45,13 +46,3 @@ def run_failure_sensor() -> dg.SensorDefinition:
 def _is_a_failed_check(event: dg.DagsterEvent) -> bool:
     error = event.step_failure_data.error
     return error is not None and error.cls_name == _CHECK_FAILED
-
-
-def _reason(event: dg.DagsterEvent) -> str:
-    failure = event.step_failure_data
-    if failure.user_failure_data is not None and failure.user_failure_data.description:
-        return failure.user_failure_data.description
-    error = failure.error
-    while error is not None and error.cause is not None:
-        error = error.cause
-    return error.message.strip() if error is not None else "no reason was recorded"
