@@ -3,10 +3,11 @@
 The pack (see :mod:`taskagent_platform.training.packing`) is cut into chunks of at most ``CHUNK`` tokens of one node.
 A chunk's tokens see all tokens of its ancestors, which lie in a few contiguous ranges, and the chunk's own beginning.
 So each chunk is a small dense attention: nothing is computed for tokens that do not see each other, apart from half of
-a chunk's own square. Query heads that share a key head are laid behind one another, which makes for larger products.
+a chunk's own square. Query heads that share a key head are rows of one matrix, which makes for larger products.
 """
 
 import itertools
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,40 +49,60 @@ class Tree:
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Queries ``[heads, tokens, width]``, keys and values ``[key heads, tokens, width]``."""
+    """Queries ``[key heads, tokens * groups, width]``, scaled already; keys and values ``[key heads, tokens, width]``.
+
+    The query heads that share a key head (a group) lie beside one another for each token, so that a chunk's queries
+    are rows of one matrix without being copied.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, scale: float, keep: bool) -> Tensor:
-        groups = query.shape[0] // key.shape[0]
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Tree, keep: bool) -> Tensor:
+        heads, rows, _ = query.shape
+        groups = rows // key.shape[1]
         output = torch.empty_like(query)
-        kept = []
+        # One block for a layer: thousands of blocks of all sizes, freed and asked for again, cost the allocator more
+        # than they hold.
+        kept = query.new_empty(tree.weights * heads * groups) if keep else None
+        begin = 0
         for chunk in tree.chunks:
-            own = slice(chunk.start, chunk.stop)
-            weights = _weights(_folded(query[:, own], groups), _gathered(key, chunk), chunk, scale)
-            output[:, own] = _unfolded(torch.bmm(weights, _gathered(value, chunk)), groups)
-            if keep:
-                kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.tree, ctx.scale = tree, scale
+            own = slice(chunk.start * groups, chunk.stop * groups)
+            scores = _scores(query[:, own], _gathered(key, chunk), chunk, groups)
+            if kept is None:
+                weights = torch.softmax(scores, -1)
+            else:
+                weights = kept[begin : begin + scores.numel()].view_as(scores)
+                begin += scores.numel()
+                torch.softmax(scores, -1, out=weights)
+            output[:, own] = torch.bmm(weights, _gathered(value, chunk))
+        ctx.save_for_backward(query, key, value, kept)
+        ctx.tree, ctx.groups = tree, groups
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        (grad,) = grads
-        groups = query.shape[0] // key.shape[0]
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for index, chunk in enumerate(ctx.tree.chunks):
-            own = slice(chunk.start, chunk.stop)
-            queries, keys = _folded(query[:, own], groups), _gathered(key, chunk)
-            weights = kept[index] if kept else _weights(queries, keys, chunk, ctx.scale)
-            grad_out = _folded(grad[:, own], groups)
-            _scatter(grad_value, chunk, weights, grad_out, 1.0)
+        query, key, value, kept = ctx.saved_tensors
+        groups = ctx.groups
+        grad = grads[0]
+        grad_query = torch.empty_like(query)
+        # Many chunks add to the rows of a shared beginning.
+        grad_key, grad_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
+        begin = 0
+        for chunk in ctx.tree.chunks:
+            own = slice(chunk.start * groups, chunk.stop * groups)
+            queries, keys, grad_out = query[:, own], _gathered(key, chunk), grad[:, own]
+            if kept is None:
+                weights = torch.softmax(_scores(queries, keys, chunk, groups), -1)
+            else:
+                shape = (*queries.shape[:2], keys.shape[1])
+                stop = begin + math.prod(shape)
+                weights = kept[begin:stop].view(shape)
+                begin = stop
+            _scatter(grad_value, chunk, torch.bmm(weights.transpose(1, 2), grad_out))
             grad_weights = torch.bmm(grad_out, _gathered(value, chunk).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_query[:, own] = _unfolded(torch.bmm(grad_scores, keys).mul_(ctx.scale), groups)
-            _scatter(grad_key, chunk, grad_scores, queries, ctx.scale)
-        return grad_query, grad_key, grad_value, None, None, None
+            grad_query[:, own] = torch.bmm(grad_scores, keys)
+            _scatter(grad_key, chunk, torch.bmm(grad_scores.transpose(1, 2), queries))
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
 def tree_attention(
@@ -114,8 +135,12 @@ def tree_attention(
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
     layers = module.config.num_hidden_layers
     keep = tree.weights * query.shape[1] * layers * query.element_size() <= _kept_bytes()
-    output = _TreeAttention.apply(query.squeeze(0), key.squeeze(0), value.squeeze(0), tree, scale, keep)
-    return output.transpose(0, 1).unsqueeze(0), None
+    _, heads, tokens, width = query.shape
+    key_heads = key.shape[1]
+    # [key heads, groups, tokens, width] -> [key heads, tokens, groups, width]
+    folded = query.mul(scale).view(key_heads, -1, tokens, width).transpose(1, 2).reshape(key_heads, -1, width)
+    output = _TreeAttention.apply(folded, key[0].contiguous(), value[0].contiguous(), tree, keep)
+    return output.view(key_heads, tokens, -1, width).transpose(0, 1).reshape(1, tokens, heads, width), None
 
 
 def tree_mask(nodes: list[Node], device: torch.device) -> Tensor:
@@ -179,14 +204,14 @@ def _chunks(nodes: list[Node]) -> list[_Chunk]:
     return chunks
 
 
-def _weights(queries: Tensor, keys: Tensor, chunk: _Chunk, scale: float) -> Tensor:
-    """Returns the softmax of the scores ``[key heads, groups * own tokens, seen + own tokens]``."""
-    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
+def _scores(queries: Tensor, keys: Tensor, chunk: _Chunk, groups: int) -> Tensor:
+    """Returns the scores ``[key heads, own tokens * groups, seen + own tokens]``; what comes later is hidden."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
     length = chunk.stop - chunk.start
-    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
-    heads, rows, columns = scores.shape
-    scores.view(heads, rows // length, length, columns)[..., columns - length :].masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, -1)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1).unsqueeze(1)
+    heads, _, columns = scores.shape
+    scores.view(heads, length, groups, columns)[..., columns - length :].masked_fill_(hidden, -torch.inf)
+    return scores
 
 
 def _gathered(tensor: Tensor, chunk: _Chunk) -> Tensor:
@@ -199,20 +224,9 @@ def _gathered(tensor: Tensor, chunk: _Chunk) -> Tensor:
     return torch.cat([*(tensor[:, start:stop] for start, stop in seen), tensor[:, chunk.start : chunk.stop]], 1)
 
 
-def _scatter(target: Tensor, chunk: _Chunk, left: Tensor, right: Tensor, factor: float) -> None:
-    """Adds ``factor * left^T right`` to the rows of ``target`` that the chunk's tokens see."""
-    column = 0
+def _scatter(target: Tensor, chunk: _Chunk, rows: Tensor) -> None:
+    """Adds rows, one for each token that a chunk's tokens see, to those of ``target``; undoes ``_gathered``."""
+    begin = 0
     for start, stop in (*chunk.seen, (chunk.start, chunk.stop)):
-        columns = left[:, :, column : column + stop - start]
-        target[:, start:stop].baddbmm_(columns.transpose(1, 2), right, alpha=factor)
-        column += stop - start
-
-
-def _folded(tensor: Tensor, groups: int) -> Tensor:
-    heads, tokens, width = tensor.shape
-    return tensor.reshape(heads // groups, groups * tokens, width)
-
-
-def _unfolded(tensor: Tensor, groups: int) -> Tensor:
-    heads, rows, width = tensor.shape
-    return tensor.view(heads * groups, rows // groups, width)
+        target[:, start:stop].add_(rows[:, begin : begin + stop - start])
+        begin += stop - start
