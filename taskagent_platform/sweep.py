@@ -111,14 +111,14 @@ def run_sweep(settings: Settings, trials: Sequence[Mapping[str, Any]], say: Call
         PlatformError: a training's settings are impossible, or the job failed.
     """
     from taskagent_platform.defs.instance import close_abandoned_runs, open_instance
-    from taskagent_platform.defs.training_sweep import KIND, sweep_job_name
+    from taskagent_platform.defs.training_sweep import KIND, sweep_job_name, sweep_stages
     from taskagent_platform.domains.registry import find_domain
     from taskagent_platform.job_process import start_job
     from taskagent_platform.run_progress import PlainView, RunProgress
 
     settings_of(settings, trials)
     domain = find_domain(settings.domain)
-    progress = RunProgress(domain.name, (KIND,))
+    progress = RunProgress(domain.name, sweep_stages(domain))
     view = PlainView(say, progress)
     config = {"ops": {f"{domain.name}__{KIND}": {"config": {"trials": [dict(changes) for changes in trials]}}}}
     with open_instance(settings) as instance:

@@ -113,13 +113,18 @@ def training_sweep(domain: Domain) -> dg.AssetsDefinition:
 
 
 def sweep_job(domain: Domain) -> "UnresolvedAssetJobDefinition":
-    """Builds the job that makes a sweep."""
+    """Builds the job that makes a sweep, and the data and the base model that it needs, reused where up to date."""
     return dg.define_asset_job(
         sweep_job_name(domain.name),
-        selection=dg.AssetSelection.assets(asset_key(domain, KIND)),
+        selection=dg.AssetSelection.assets(asset_key(domain, KIND)).upstream(),
         description=f"Several trainings for {domain.name} with different settings, ranked on the development suites.",
         tags={"domain": domain.name},
     )
+
+
+def sweep_stages(domain: Domain) -> tuple[str, ...]:
+    """Returns the names of the assets that the job makes."""
+    return (BASE, *domain.sources, DATASET, KIND)
 
 
 def sweep_job_name(domain: str) -> str:
