@@ -8,6 +8,7 @@ a chunk's own square. Query heads that share a key head are rows of one matrix, 
 
 import itertools
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -34,6 +35,11 @@ class _Chunk(NamedTuple):
     # Contiguous ranges of the tokens before `start` that the chunk's tokens see.
     seen: list[tuple[int, int]]
 
+    @property
+    def columns(self) -> int:
+        """Tokens that the chunk's last token sees, itself among them."""
+        return self.stop - self.start + sum(stop - start for start, stop in self.seen)
+
 
 class Tree:
     """What attention needs to know of a pack; data loaders pass it on untouched."""
@@ -41,10 +47,7 @@ class Tree:
     def __init__(self, nodes: list[Node]) -> None:
         self.nodes = nodes
         self.chunks = _chunks(nodes)
-        self.weights = sum(
-            (chunk.stop - chunk.start) * (chunk.stop - chunk.start + sum(b - a for a, b in chunk.seen))
-            for chunk in self.chunks
-        )
+        self.weights = sum((chunk.stop - chunk.start) * chunk.columns for chunk in self.chunks)
         """Pairs of tokens that a head computes."""
 
 
@@ -63,16 +66,9 @@ class _TreeAttention(torch.autograd.Function):
         # One block for a layer: thousands of blocks of all sizes, freed and asked for again, cost the allocator more
         # than they hold.
         kept = query.new_empty(tree.weights * heads * groups) if keep else None
-        begin = 0
-        for chunk in tree.chunks:
+        for chunk, piece in zip(tree.chunks, _pieces(kept, tree, heads, groups), strict=True):
             own = slice(chunk.start * groups, chunk.stop * groups)
-            scores = _scores(query[:, own], _gathered(key, chunk), chunk, groups)
-            if kept is None:
-                weights = torch.softmax(scores, -1)
-            else:
-                weights = kept[begin : begin + scores.numel()].view_as(scores)
-                begin += scores.numel()
-                torch.softmax(scores, -1, out=weights)
+            weights = torch.softmax(_scores(query[:, own], _gathered(key, chunk), chunk, groups), -1, out=piece)
             output[:, own] = torch.bmm(weights, _gathered(value, chunk))
         ctx.save_for_backward(query, key, value, kept)
         ctx.tree, ctx.groups = tree, groups
@@ -86,17 +82,10 @@ class _TreeAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         # Many chunks add to the rows of a shared beginning.
         grad_key, grad_value = (torch.zeros_like(one, dtype=torch.float32) for one in (key, value))
-        begin = 0
-        for chunk in ctx.tree.chunks:
+        for chunk, piece in zip(ctx.tree.chunks, _pieces(kept, ctx.tree, query.shape[0], groups), strict=True):
             own = slice(chunk.start * groups, chunk.stop * groups)
             queries, keys, grad_out = query[:, own], _gathered(key, chunk), grad[:, own]
-            if kept is None:
-                weights = torch.softmax(_scores(queries, keys, chunk, groups), -1)
-            else:
-                shape = (*queries.shape[:2], keys.shape[1])
-                stop = begin + math.prod(shape)
-                weights = kept[begin:stop].view(shape)
-                begin = stop
+            weights = piece if piece is not None else torch.softmax(_scores(queries, keys, chunk, groups), -1)
             _scatter(grad_value, chunk, torch.bmm(weights.transpose(1, 2), grad_out))
             grad_weights = torch.bmm(grad_out, _gathered(value, chunk).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
@@ -202,6 +191,15 @@ def _chunks(nodes: list[Node]) -> list[_Chunk]:
             chunks.append(_Chunk(start, stop, ranges))
         ancestors.append(node)
     return chunks
+
+
+def _pieces(kept: Tensor | None, tree: Tree, heads: int, groups: int) -> Sequence[Tensor | None]:
+    """Returns the weights of each chunk as a view of a layer's block, shaped as its scores; Nones without a block."""
+    if kept is None:
+        return [None] * len(tree.chunks)
+    shapes = [(heads, (chunk.stop - chunk.start) * groups, chunk.columns) for chunk in tree.chunks]
+    pieces = kept.split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _scores(queries: Tensor, keys: Tensor, chunk: _Chunk, groups: int) -> Tensor:
