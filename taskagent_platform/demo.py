@@ -106,7 +106,7 @@ def _show_failure(
         say(f"Nothing was deployed. {_champion(settings, domain)}")
     else:
         for check in stopping:
-            say(f"The check {check.name} of {check.asset} failed: {check.description}")
+            say(str(check))
         for error in progress.errors or ([] if stopping else [f"The run ended early: {run.last_words()}"]):
             say(error)
     say(f"Look closer: `make ui` (run {(run.run_id or 'not started')[:8]}), {run.log}")

@@ -55,6 +55,9 @@ class FailedCheck:
     description: str
     stops: bool
 
+    def __str__(self) -> str:
+        return f"The check {self.name} of {self.asset} failed: {self.description}"
+
 
 @dataclass
 class StageProgress:
@@ -151,8 +154,7 @@ class RunProgress:
             self._check(event.asset_check_evaluation_data)
         elif name is None:
             # A check that blocks fails its step, too; what it found is told already.
-            error = event.step_failure_data.error if kind == "STEP_FAILURE" else None
-            if error is not None and error.cls_name != _CHECK_FAILED:
+            if kind == "STEP_FAILURE" and event.step_failure_data.error is not None and not is_failed_check(event):
                 self.errors.append(failure_reason(event))
         elif kind == "STEP_START":
             self.stages[name] = StageProgress(name, "running", entry.timestamp)
@@ -198,6 +200,12 @@ class RunProgress:
     def _asset_of_step(self, step_key: str | None) -> str | None:
         name = (step_key or "").removeprefix(f"{self._domain}__")
         return name if name in self.stage_names else None
+
+
+def is_failed_check(event: Any) -> bool:
+    """Tells whether a step failed because a check that blocks did not pass."""
+    error = event.step_failure_data.error
+    return error is not None and error.cls_name == _CHECK_FAILED
 
 
 def failure_reason(event: Any) -> str:

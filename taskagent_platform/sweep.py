@@ -130,7 +130,8 @@ def run_sweep(settings: Settings, trials: Sequence[Mapping[str, Any]], say: Call
                 else:
                     progress.apply(entry)
         if not progress.succeeded:
-            reason = "; ".join(progress.errors) or run.last_words()
+            stopping = [str(check) for check in progress.failed_checks if check.stops]
+            reason = "; ".join([*stopping, *progress.errors]) or run.last_words()
             raise PlatformError(f"The sweep failed; what was trained is kept for the next one: {reason}")
     return (settings.folder(domain.name) / KIND / RANKING_FILE).read_text()
 

@@ -56,8 +56,9 @@ class Distribution(BaseModel):
 
     def text(self) -> str:
         """Returns the report for a terminal."""
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:{width}}  {value:>14}" for name, value in self.rows())
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value:>14}" for name, value in rows)
 
 
 def distribution(domain: Domain, records: Sequence[Record]) -> Distribution:

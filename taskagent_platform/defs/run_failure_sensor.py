@@ -4,11 +4,10 @@ import dagster as dg
 
 from taskagent_platform.alerts import Alert, outbox, run_link, what_serves
 from taskagent_platform.defs.alert_sensor import status_at_first
-from taskagent_platform.run_progress import failure_reason
+from taskagent_platform.run_progress import failure_reason, is_failed_check
 from taskagent_platform.settings import load_settings, settings
 
 NAME = "run_failure"
-_CHECK_FAILED = "DagsterAssetCheckFailedError"
 
 
 def run_failure_sensor() -> dg.SensorDefinition:
@@ -21,7 +20,7 @@ def run_failure_sensor() -> dg.SensorDefinition:
     )
     def failed(context: dg.RunFailureSensorContext) -> dg.SkipReason:
         run, steps = context.dagster_run, context.get_step_failure_events()
-        broken = [event for event in steps if not _is_a_failed_check(event)]
+        broken = [event for event in steps if not is_failed_check(event)]
         if steps and not broken:
             return dg.SkipReason(f"Run {run.run_id[:8]} was stopped by a check, which is told by itself.")
         present = load_settings()
@@ -41,8 +40,3 @@ def run_failure_sensor() -> dg.SensorDefinition:
         return dg.SkipReason(f"Alert: {alert.title}.")
 
     return failed
-
-
-def _is_a_failed_check(event: dg.DagsterEvent) -> bool:
-    error = event.step_failure_data.error
-    return error is not None and error.cls_name == _CHECK_FAILED
