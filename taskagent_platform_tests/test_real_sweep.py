@@ -11,10 +11,10 @@ from taskagent_platform.defs.tracking import store_uri
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.swept_domain import SWEPT
 from taskagent_platform_tests.switch_home import left_over, switch_home, taskagent
+from taskagent_platform_tests.test_main_job import DATA
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-DATA = {"STRUCTURED_OUTPUTS": "230", "FUNCTION_CALLING": "270", "MULTI_TOOL": "205"}
 # Nothing is learned at the first.
 RATES = (1e-6, 3e-3)
 

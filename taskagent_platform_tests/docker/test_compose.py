@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -47,10 +48,9 @@ def serve_deployed() -> Any:
 
 
 def test_compose_is_valid_by_the_specification_s_schema(compose):
-    jsonschema = pytest.importorskip("jsonschema", reason="`make env` installs it")
     spec = importlib.util.find_spec("check_jsonschema")
-    if spec is None or spec.origin is None:
-        pytest.skip("check-jsonschema, which carries the schema, is not installed: run `make env`")
+    assert spec is not None, "check-jsonschema, which carries the schema, is not installed: run `make env`"
+    assert spec.origin is not None
     schema = Path(spec.origin).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
     validator = jsonschema.validators.validator_for(json.loads(schema.read_text()))(json.loads(schema.read_text()))
     assert [error.message for error in validator.iter_errors(compose)] == []
@@ -60,8 +60,7 @@ def test_compose_is_valid_by_the_specification_s_schema(compose):
 
 def test_the_dockerfile_is_clean():
     program = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
-    if program is None:
-        pytest.skip("hadolint is not installed: run `make env`")
+    assert program is not None, "hadolint is not installed: run `make env`"
     done = subprocess.run([program, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

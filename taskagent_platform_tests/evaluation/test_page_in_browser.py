@@ -15,12 +15,7 @@ from taskagent_platform.evaluation.report import EvalReport, FaultRecord, gate_r
 from taskagent_platform_tests.evaluation.test_page import HOSTILE, failed, hostile_report
 from taskagent_platform_tests.evaluation.test_report import GATES
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(300),
-    pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def report() -> EvalReport:
@@ -39,8 +34,10 @@ def report() -> EvalReport:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "Chromium is not installed: apt-get install chromium (see CONTRIBUTING.md)."
     with sync_playwright() as program:
-        started = program.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = program.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield started
         started.close()
 
