@@ -12,17 +12,36 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from taskagent_platform.errors import PlatformError
 
 ProfileName = Literal["smoke", "cpu", "gpu"]
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _decided(name: Any) -> Any:
+    if name != "auto":
+        return name
+    return "bfloat16" if has_native_bfloat16() else "float32"
+
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], BeforeValidator(_decided)]
+"""Numbers to compute with."""
 
 
 class _Section(BaseModel):
@@ -74,22 +93,13 @@ class TrainingSettings(_Section):
     pack_examples: int = Field(16, ge=1, description="examples in one prefix-shared pack")
     log_every: int = Field(25, ge=1, description="steps between logged losses")
     save_every: int = Field(100, ge=1, description="steps between checkpoints and evaluations")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="`auto` is bfloat16 where the processor multiplies it natively, else float32"
-    )
+    dtype: Dtype = Field("bfloat16", description="`auto` is bfloat16 where the processor multiplies it, else float32")
     backend: Literal["trl", "unsloth"] = "trl"
     converged_loss: float = Field(0.1, gt=0, description="final training loss that a converged training stays below")
     processes: int = Field(1, ge=1, description="processes that share each step's batches, one for each GPU")
     ray_address: str = Field(
         "", description="the Ray cluster that runs them (extra `ray`), such as `auto`; else this machine, by accelerate"
     )
-
-    @field_validator("dtype", mode="before")
-    @classmethod
-    def _is_decided(cls, name: Any) -> Any:
-        if name != "auto":
-            return name
-        return "bfloat16" if has_native_bfloat16() else "float32"
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
@@ -116,7 +126,7 @@ class ServingSettings(_Section):
     )
     port: int = Field(8210, ge=1, le=65535, description="the gateway's port: the endpoint's stable address")
     model_name: str = Field("{domain}", description="the name that clients ask for")
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = Field("bfloat16", description="`auto` as in training")
     max_model_len: int = Field(4096, ge=256)
     max_num_seqs: int = Field(32, ge=1)
     enforce_eager: bool = False
@@ -246,7 +256,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
-        "serving": {"dtype": "float32", "speculation": True, "max_tokens": 256},
+        "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},
         "gates": {"latency_p95_ms": 5_000},
         "bfcl": {"sample": 20},

@@ -86,11 +86,12 @@ def test_bfloat16_is_native_where_the_processor_lists_it(tmp_path: Path, cpuinfo
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_the_cpu_profile_trains_in_the_fastest_precision(
+def test_the_cpu_profile_trains_and_serves_in_the_fastest_precision(
     native: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "has_native_bfloat16", lambda: native)
-    assert load_settings(profile="cpu").training.dtype == dtype
+    settings = load_settings(profile="cpu")
+    assert settings.training.dtype == settings.serving.dtype == dtype
     assert load_settings(profile="cpu", training={"dtype": "float16"}).training.dtype == "float16"
 
 
