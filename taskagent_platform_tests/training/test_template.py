@@ -186,3 +186,38 @@ def test_vllm_parses_what_was_trained(base_folder: Path, tokenizer: Any) -> None
             assert got == expected
             if not expected:
                 assert found.content == turn
+
+
+@pytest.mark.slow
+def test_the_grammar_that_the_server_enforces_takes_what_was_trained(tokenizer: Any) -> None:
+    xgrammar = pytest.importorskip("xgrammar")
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
+    from vllm.tool_parsers.structural_tag_registry import get_model_structural_tag
+
+    strict = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    tag = get_model_structural_tag("hermes", [ChatCompletionToolsParam(**tool) for tool in strict], "auto", False)
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=len(tokenizer))
+    grammar = xgrammar.GrammarCompiler(info).compile_structural_tag(tag)
+
+    def taken(tokens: list[int]) -> bool:
+        matcher = xgrammar.GrammarMatcher(grammar)
+        mask = xgrammar.allocate_token_bitmask(1, len(tokenizer))
+        for token in tokens:
+            matcher.fill_next_token_bitmask(mask)
+            if not int(mask[0][token // 32]) >> token % 32 & 1 or not matcher.accept_token(token):
+                return False
+        return True
+
+    turns = 0
+    for name, messages in KINDS.items():
+        rendered = render(messages, TOOLS, tokenizer)
+        learned = [token for token in rendered.labels if token != IGNORED]
+        turn: list[int] = []
+        for token in learned:
+            turn.append(token)
+            if token == tokenizer.eos_token_id:
+                assert taken(turn), name
+                turns += 1
+                turn = []
+    assert turns > len(KINDS)
+    assert not taken(tokenizer.encode('<tool_call>{"name": "sing", "arguments": {}}</tool_call>'))
