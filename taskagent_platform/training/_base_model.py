@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import decoders
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -78,8 +77,6 @@ def _gguf_file() -> Path:
 def _smollm2_tokenizer() -> PreTrainedTokenizerBase:
     file = _gguf_file()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    # The decoder made for a GGUF file is one of SentencePiece, which turns the sign ▁ into a space.
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 

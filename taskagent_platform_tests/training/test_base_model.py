@@ -28,13 +28,6 @@ def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> 
     assert list(base_folder.glob("*.safetensors"))
 
 
-def test_text_stays_the_same_on_its_way_through_the_tokenizer(tokenizer: Any) -> None:
-    text = (
-        'früh ▁ 🌅  "a",\t"b"\n<tool_call>{"name": "add_lamp", "arguments": {"room": "früh"}}</tool_call><|im_end|>\n'
-    )
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 def test_the_tiny_model_depends_on_the_seed_alone(base_folder: Path, smoke: Settings, tmp_path: Path) -> None:
     again = prepare_base_model(smoke, tmp_path / "again")
     assert again.digest == read_manifest(base_folder).digest
