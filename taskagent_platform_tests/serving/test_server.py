@@ -347,6 +347,7 @@ def test_the_environment_is_offline_without_telemetry_and_keeps_bytecode(
     assert environment["VLLM_NO_USAGE_STATS"] == environment["DO_NOT_TRACK"] == environment["HF_HUB_OFFLINE"] == "1"
     assert environment["VLLM_CACHE_ROOT"].startswith(str(settings.home))
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"  # whole GiB only, and never 0, which means half of the memory
+    assert environment["VLLM_USE_AOT_COMPILE"] == "0"  # vllm-cpu cannot load what that compiles
 
 
 @pytest.mark.parametrize(
