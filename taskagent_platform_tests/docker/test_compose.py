@@ -16,6 +16,7 @@ import yaml
 
 from taskagent_platform.defs.instance import prepare_instance
 from taskagent_platform.defs.tracking import server_environment
+from taskagent_platform.serving.active import API_KEY_VARIABLE
 from taskagent_platform.serving.server import server_command
 from taskagent_platform.settings import PROJECT_ROOT, Settings, load_settings
 
@@ -183,14 +184,23 @@ def test_every_program_that_is_started_is_installed(services):
             assert program in installed or program in ("python", "/bin/sh"), program
 
 
-def test_the_entry_point_hands_on_the_password(tmp_path):
+@pytest.mark.parametrize(("key", "handed_on"), [("tk_1\n", "s3cret tk_1\n"), ("", "s3cret none\n")])
+def test_the_entry_point_hands_on_the_secrets(tmp_path, monkeypatch, key, handed_on):
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     script = (DOCKER / "entrypoint.sh").read_text()
-    secret = tmp_path / "postgres_password"
-    secret.write_text("s3cret\n")
-    assert "secret=/run/secrets/postgres_password" in script
-    script = script.replace("/run/secrets/postgres_password", str(secret))
-    command = ["/bin/sh", "-c", script, "entrypoint", "/bin/sh", "-c", 'echo "$DAGSTER_PG_PASSWORD"']
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "s3cret\n"
+    (tmp_path / "postgres_password").write_text("s3cret\n")
+    (tmp_path / "api_key").write_text(key)
+    assert "secrets=/run/secrets\n" in script
+    script = script.replace("/run/secrets", str(tmp_path))
+    said = f'echo "$DAGSTER_PG_PASSWORD ${{{API_KEY_VARIABLE}-none}}"'
+    command = ["/bin/sh", "-c", script, "entrypoint", "/bin/sh", "-c", said]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == handed_on
+
+
+def test_who_asks_the_endpoint_has_its_key(services):
+    has_it = {name for name in OWN if "api_key" in services[name]["secrets"]}
+    # The one runs sensors, the other runs.
+    assert has_it == {"code-location", "daemon"}
 
 
 def test_the_instance_is_the_workstation_s_but_for_its_storage(tmp_path, monkeypatch):
