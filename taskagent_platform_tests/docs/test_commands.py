@@ -154,7 +154,12 @@ def test_compose_has_what_is_named(command):
     profiles = {profile for service in services.values() for profile in service.get("profiles", ())}
     if "--profile" in parts:
         assert parts[parts.index("--profile") + 1] in profiles
-    assert set(parts[parts.index("up") + 1 :]) - {"--build"} <= set(services)
+    if "exec" in parts:
+        service, *inside = parts[parts.index("exec") + 1 :]
+        assert service in services
+        assert program(" ".join(inside)) == "taskagent"
+    else:
+        assert set(parts[parts.index("up") + 1 :]) - {"--build"} <= set(services)
 
 
 @pytest.mark.parametrize("command", sorted(set(of(ALL, "pytest"))))
