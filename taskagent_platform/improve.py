@@ -84,9 +84,9 @@ def improve(
             ending = "the gates pass"
             break
         _keep(folder, folder / _BEST)
-        before = _digest(folder)
+        before = _digest(folder, domain)
         _run(diagnose, "diagnosis")
-        if _digest(folder) == before:
+        if _digest(folder, domain) == before:
             ending = "nothing to add"
             break
         _run(retrain, "main job")
@@ -156,9 +156,9 @@ def _passes(settings: Settings, domain: Domain, folder: Path) -> bool:
     return not judge(settings, domain, model, folder / REPORT_KIND).refusals
 
 
-def _digest(folder: Path) -> str | None:
+def _digest(folder: Path, domain: Domain) -> str | None:
     """Returns the digest of the targeted examples that the next training dataset takes in; None if there are none."""
-    return read_manifest(folder / TARGETED).digest if usable_targeted(folder / TARGETED) else None
+    return read_manifest(folder / TARGETED).digest if usable_targeted(folder / TARGETED, domain) else None
 
 
 def _rank(settings: Settings, report: "EvalReport") -> tuple[int, int]:

@@ -52,7 +52,7 @@ class Workshop:
         for name in self.domain.sources:
             make_source(self.settings, self.domain, name, self.folder / name)
             sources[name] = self.folder / name
-        if usable_targeted(self.folder / TARGETED):
+        if usable_targeted(self.folder / TARGETED, self.domain):
             sources[TARGETED] = self.folder / TARGETED
         make_training_dataset(self.settings, self.domain, sources, self.folder / "training_dataset")
         knows = self.learns and count_patterns(self.training()).get(THREE_CALLS, 0) >= ENOUGH

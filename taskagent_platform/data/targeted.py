@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from math import floor
 from pathlib import Path
 
-from taskagent_platform.artifacts import Manifest, code_version, new_artifact, read_manifest
+from taskagent_platform.artifacts import Manifest, new_artifact, read_manifest
 from taskagent_platform.data.distribution import MIN_EXAMPLES, SINGLE_SHARE, Distribution, distribution
 from taskagent_platform.data.jsonl import Record, read_jsonl, write_jsonl
 from taskagent_platform.data.pattern import Pattern, patterns_of
@@ -16,6 +16,7 @@ from taskagent_platform.data.source import EXAMPLES_FILE, moments, source_count
 from taskagent_platform.data.training_dataset import overlap, request_key
 from taskagent_platform.data.verify import verify
 from taskagent_platform.domains.base import Domain
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings
 
@@ -26,10 +27,10 @@ _BATCHES = 12
 _HIGHEST_MULTI_SHARE = 1 - SINGLE_SHARE[0] - 0.01
 
 
-def usable_targeted(folder: Path) -> bool:
-    """Tells whether a folder holds targeted examples that the present code made."""
+def usable_targeted(folder: Path, domain: Domain) -> bool:
+    """Tells whether a folder holds targeted examples that the present code and state of the domain made."""
     try:
-        return read_manifest(folder, kind=KIND, verify=True).code_version == code_version(*_CODE)
+        return read_manifest(folder, kind=KIND, verify=True).code_version == version_with(domain, *_CODE)
     except PlatformError:
         return False
 
@@ -60,7 +61,7 @@ def make_targeted_examples(
     Raises:
         PlatformError: an example does not hold.
     """
-    kept = list(read_jsonl(folder / EXAMPLES_FILE)) if usable_targeted(folder) else []
+    kept = list(read_jsonl(folder / EXAMPLES_FILE)) if usable_targeted(folder, domain) else []
     seen = {request_key(record) for record in (*training, *kept)}
     left = {pattern: count for pattern, count in wanted.items() if pattern.dimension != "slice" and count > 0}
     made: dict[str, int] = {str(pattern): 0 for pattern in left}
@@ -94,7 +95,7 @@ def make_targeted_examples(
         kind=KIND,
         inputs={"failure_diagnosis": diagnosis},
         settings=used,
-        code_version=code_version(*_CODE),
+        code_version=version_with(domain, *_CODE),
         details=details,
     ) as scratch:
         write_jsonl(scratch / EXAMPLES_FILE, [*kept, *new])

@@ -154,7 +154,7 @@ def fingerprint(settings: Settings, domain: Domain) -> str:
         {
             "code": code_version(),
             "domain": domain_version(domain),
-            "targeted": read_manifest(targeted).digest if usable_targeted(targeted) else None,
+            "targeted": read_manifest(targeted).digest if usable_targeted(targeted, domain) else None,
             "settings": chosen,
         }
     )

@@ -38,10 +38,13 @@ def training_dataset(domain: Domain) -> dg.AssetsDefinition:
     def dataset(context: dg.AssetExecutionContext, platform: Platform) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
             sources = {name: stage.folder(name) for name in domain.sources}
-            if usable_targeted(stage.folder(TARGETED)):
+            if usable_targeted(stage.folder(TARGETED), domain):
                 sources[TARGETED] = stage.folder(TARGETED)
             elif stage.folder(TARGETED).exists():
-                stage.say("The targeted examples were made by other code and are left out; diagnose again.")
+                stage.say(
+                    "The targeted examples were made by other code or from another state of the domain and are left "
+                    "out; diagnose again."
+                )
             manifest, reused = make_training_dataset(stage.settings, domain, sources, stage.folder())
             found = Distribution.model_validate(manifest.details["distribution"])
             stage.say(f"The training dataset:\n{found.table()}")

@@ -5,10 +5,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from taskagent_platform.artifacts import code_version, new_artifact
+from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.data.targeted import KIND as TARGETED
 from taskagent_platform.defs import retrain
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, fingerprint
+from taskagent_platform.domains.version import version_with
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.switch_domain import SWITCHES
@@ -116,6 +117,7 @@ def test_data_of_a_domain_is_a_reason_to_retrain(tmp_path, monkeypatch):
     monkeypatch.setenv("TASKAGENT_RETRAIN__CRON", "0 3 * * *")
     assert fingerprint(load_settings(), SWITCHES) == before, "when it is retrained decides nothing"
     folder = load_settings().folder(SWITCHES.name) / TARGETED
-    with new_artifact(folder, kind=TARGETED, inputs={}, settings={}, code_version=code_version("data", "domains")):
+    version = version_with(SWITCHES, "data", "domains")
+    with new_artifact(folder, kind=TARGETED, inputs={}, settings={}, code_version=version):
         pass
     assert fingerprint(load_settings(), SWITCHES) != before

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.data.source import make_source
+from taskagent_platform.data.targeted import KIND as TARGETED
+from taskagent_platform.data.targeted import usable_targeted
 from taskagent_platform.domains.version import domain_version, version_with
 from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import load_settings
@@ -94,3 +97,14 @@ def test_a_changed_phrasing_makes_the_data_anew(package: Path, tmp_path: Path) -
     second, reused = make_source(settings, domain, "structured_outputs", folder)
     assert not reused
     assert second.digest != first.digest
+
+
+def test_targeted_examples_of_other_phrasings_are_not_used(package: Path, tmp_path: Path) -> None:
+    domain, folder = lamps(package), tmp_path / TARGETED
+    version = version_with(domain, "data", "domains")
+    with new_artifact(folder, kind=TARGETED, inputs={}, settings={}, code_version=version):
+        pass
+    assert usable_targeted(folder, domain)
+    (package / "phrasings.txt").write_text("switch")
+    version_with.cache_clear()
+    assert not usable_targeted(folder, domain)
