@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from taskagent_platform.artifacts import MANIFEST_NAME, read_manifest
 from taskagent_platform.data.targeted import KIND as TARGETED
-from taskagent_platform.data.targeted import usable_targeted
+from taskagent_platform.data.targeted import targeted_digest
 from taskagent_platform.data.training_dataset import KIND as TRAINING
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
@@ -84,9 +84,9 @@ def improve(
             ending = "the gates pass"
             break
         _keep(folder, folder / _BEST)
-        before = _digest(folder, domain)
+        before = targeted_digest(folder / TARGETED, domain)
         _run(diagnose, "diagnosis")
-        if _digest(folder, domain) == before:
+        if targeted_digest(folder / TARGETED, domain) == before:
             ending = "nothing to add"
             break
         _run(retrain, "main job")
@@ -154,11 +154,6 @@ def _report(folder: Path) -> "EvalReport":
 def _passes(settings: Settings, domain: Domain, folder: Path) -> bool:
     model = read_manifest(folder / "merged_model", kind="merged_model")
     return not judge(settings, domain, model, folder / REPORT_KIND).refusals
-
-
-def _digest(folder: Path, domain: Domain) -> str | None:
-    """Returns the digest of the targeted examples that the next training dataset takes in; None if there are none."""
-    return read_manifest(folder / TARGETED).digest if usable_targeted(folder / TARGETED, domain) else None
 
 
 def _rank(settings: Settings, report: "EvalReport") -> tuple[int, int]:

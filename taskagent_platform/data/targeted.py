@@ -35,6 +35,11 @@ def usable_targeted(folder: Path, domain: Domain) -> bool:
         return False
 
 
+def targeted_digest(folder: Path, domain: Domain) -> str | None:
+    """Returns the digest of the targeted examples that the next training dataset takes in; None if there are none."""
+    return read_manifest(folder).digest if usable_targeted(folder, domain) else None
+
+
 def make_targeted_examples(
     settings: Settings,
     domain: Domain,

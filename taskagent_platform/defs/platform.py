@@ -15,7 +15,7 @@ from pydantic import Field
 
 from taskagent_platform.artifacts import Manifest, code_version, digest_of, read_manifest
 from taskagent_platform.data.targeted import KIND as TARGETED
-from taskagent_platform.data.targeted import usable_targeted
+from taskagent_platform.data.targeted import targeted_digest
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.domains.version import domain_version
 from taskagent_platform.errors import PlatformError
@@ -149,12 +149,11 @@ class Platform(dg.ConfigurableResource[Any]):
 def fingerprint(settings: Settings, domain: Domain) -> str:
     """Returns the digest of what decides a run's outcome: code, data (generators, suites, targets) and settings."""
     chosen = settings.model_dump(mode="json", exclude=_WITHOUT_INFLUENCE)
-    targeted = settings.folder(domain.name) / TARGETED
     return digest_of(
         {
             "code": code_version(),
             "domain": domain_version(domain),
-            "targeted": read_manifest(targeted).digest if usable_targeted(targeted, domain) else None,
+            "targeted": targeted_digest(settings.folder(domain.name) / TARGETED, domain),
             "settings": chosen,
         }
     )
