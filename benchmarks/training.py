@@ -219,7 +219,7 @@ def train(name: str, chosen: dict[str, Any], model: Any, tokenizer: Any, packs: 
         data_collator=collator,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=None if adapted else _trainer.lora_config(chosen),
+        peft_config=None if adapted else _trainer.lora_config(chosen, model.config),
     )
     if name == "prefix" and device.type == "cpu" and not adapted:
         fuse(trainer.model)

@@ -73,6 +73,9 @@ class TrainingSettings(_Section):
     alpha: int = Field(32, ge=1, le=1024, description="strength of the adapter: its product counts alpha / rank times")
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    frozen_layers: int = Field(
+        0, ge=0, description="the lowest layers, which get no adapter: nothing is computed backwards through them"
+    )
     epochs: float = Field(4, gt=0, le=1000, description="how often every example is seen")
     batch_size: int = Field(2, ge=1, le=1024, description="sequences (or packs) a device computes at once")
     gradient_accumulation: int = Field(4, ge=1, description="batches of one step, those of all processes together")

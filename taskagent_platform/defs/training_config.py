@@ -40,6 +40,7 @@ class TrainingConfig(dg.Config):
 
     rank: int | None = _setting("rank")
     alpha: int | None = _setting("alpha")
+    frozen_layers: int | None = _setting("frozen_layers")
     epochs: float | None = _setting("epochs")
     learning_rate: float | None = _setting("learning_rate")
     batch_size: int | None = _setting("batch_size")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, set_seed
 from trl import SFTConfig
 
 from taskagent_platform.errors import PlatformError
@@ -55,14 +55,15 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     rows = (packed_rows if prefix else plain_rows)(spec, examples, held_out, device)
     attention = attention_for(device) if prefix else "sdpa"
     _tree_attention.register()
+    model = load_model(Path(spec["base_folder"]), chosen, attention, device)
     trainer = (PackTrainer if prefix else CheckpointTrainer)(
-        model=load_model(Path(spec["base_folder"]), chosen, attention, device),
+        model=model,
         args=training_arguments(chosen, Path(spec["checkpoints"]), rows, device, spec["processes"]),
         data_collator=rows.collator,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
-        peft_config=lora_config(chosen),
+        peft_config=lora_config(chosen, model.config),
     )
     if device.type == "cpu":
         fuse(trainer.model)
@@ -226,16 +227,23 @@ def training_arguments(
     return SFTConfig(**(values | more))
 
 
-def lora_config(chosen: dict[str, Any]) -> LoraConfig:
-    """Returns PEFT's configuration for the chosen training settings."""
+def lora_config(chosen: dict[str, Any], model: PretrainedConfig) -> LoraConfig:
+    """Returns PEFT's configuration for the chosen training settings on a model of the given configuration."""
     return LoraConfig(
         r=chosen["rank"],
         lora_alpha=chosen["alpha"],
         lora_dropout=chosen["dropout"],
         target_modules=list(chosen["target_modules"]),
+        layers_to_transform=adapted_layers(chosen, model),
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def adapted_layers(chosen: dict[str, Any], model: PretrainedConfig) -> list[int] | None:
+    """Returns the layers that get an adapter; None for all of them."""
+    frozen = chosen["frozen_layers"]
+    return list(range(frozen, model.num_hidden_layers)) if frozen else None
 
 
 def peak_memory_gib() -> float:

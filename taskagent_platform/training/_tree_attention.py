@@ -123,7 +123,8 @@ def tree_attention(
     """
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
     layers = module.config.num_hidden_layers
-    keep = tree.weights * query.shape[1] * layers * query.element_size() <= _kept_bytes()
+    # Below the lowest adapter nothing is computed backwards.
+    keep = query.requires_grad and tree.weights * query.shape[1] * layers * query.element_size() <= _kept_bytes()
     _, heads, tokens, width = query.shape
     key_heads = key.shape[1]
     # [key heads, groups, tokens, width] -> [key heads, tokens, groups, width]

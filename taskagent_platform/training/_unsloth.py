@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, set_seed
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training._checkpoints import CheckpointTrainer
 from taskagent_platform.training._progress import Emit
-from taskagent_platform.training._trainer import plain_rows, read_both, run, training_arguments
+from taskagent_platform.training._trainer import adapted_layers, plain_rows, read_both, run, training_arguments
 
 
 def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -45,6 +45,7 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
         lora_alpha=chosen["alpha"],
         lora_dropout=chosen["dropout"],
         target_modules=list(chosen["target_modules"]),
+        layers_to_transform=adapted_layers(chosen, model.config),
         bias="none",
         use_gradient_checkpointing="unsloth",
         random_state=chosen["seed"],

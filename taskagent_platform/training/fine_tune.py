@@ -78,6 +78,7 @@ def fine_tune(
     """
     _refuse_without_package(settings)
     base = read_manifest(base_folder, kind="base_model")
+    _refuse_to_freeze_all(settings.training.frozen_layers, base_folder)
     chosen, training = fine_tune_settings(settings), settings.training
     data = {"train": file_digest(train_jsonl), "eval": file_digest(eval_jsonl)}
     version = code_version("training")
@@ -127,6 +128,15 @@ def _refuse_without_package(settings: Settings) -> None:
     ):
         if wanted and find_spec(package) is None:
             raise PlatformError(f"The package {package}, which the training settings ask for, is missing: {remedy}.")
+
+
+def _refuse_to_freeze_all(frozen: int, base_folder: Path) -> None:
+    layers = json.loads((base_folder / "config.json").read_text()).get("num_hidden_layers")
+    if frozen and layers is not None and frozen >= layers:
+        raise PlatformError(
+            f"training.frozen_layers is {frozen}, and the base model has {layers} layers: none is left to adapt; "
+            f"set it below {layers}."
+        )
 
 
 def _refuse_other_data(work: Path, specification: str, checkpoints: Path, train_jsonl: Path) -> None:

@@ -56,6 +56,22 @@ def test_other_packings_train_too(packing: str, base_folder: Path, data: tuple[P
     assert losses[-1] < losses[0]
 
 
+def test_frozen_layers_get_no_adapter(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    folder = tmp_path / "lora_adapter"
+    fine_tune(settings_with(frozen_layers=1), base_folder, *data, folder, {})
+    with safe_open(folder / "adapter_model.safetensors", "pt") as adapter:
+        adapted = {name.split(".layers.")[1].split(".")[0] for name in adapter.keys()}  # noqa: SIM118, not a mapping
+    assert adapted == {"1"}
+
+
+def test_no_layer_left_to_adapt_is_refused(base_folder: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(PlatformError, match="frozen_layers is 2, and the base model has 2 layers"):
+        fine_tune(settings_with(frozen_layers=2), base_folder, *data, tmp_path / "lora_adapter", {})
+    assert not (tmp_path / "lora_adapter").exists()
+
+
 def kill_payload() -> None:
     (payload,) = psutil.Process().children()
     payload.send_signal(signal.SIGKILL)

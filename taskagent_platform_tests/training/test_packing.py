@@ -150,9 +150,10 @@ def model(base_folder: Any) -> Any:
         "rank": 8,
         "alpha": 8,
         "dropout": 0.0,
+        "frozen_layers": 0,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }
-    adapted = get_peft_model(base, lora_config(chosen))
+    adapted = get_peft_model(base, lora_config(chosen, base.config))
     # At its start an adapter's second matrix is zero, and with it the gradient of the first one.
     for name, weights in adapted.named_parameters():
         if "lora_B" in name:

@@ -28,9 +28,10 @@ def model() -> Iterator[Any]:
         "rank": 8,
         "alpha": 8,
         "dropout": 0.0,
+        "frozen_layers": 0,
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }
-    adapted = get_peft_model(LlamaForCausalLM(config), lora_config(chosen))
+    adapted = get_peft_model(LlamaForCausalLM(config), lora_config(chosen, config))
     for name, weights in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weights, std=0.05)
