@@ -220,7 +220,7 @@ class ExampleWriter(ABC):
         written: dict[str, Any] = {}
         for name, value in call.arguments.items():
             if isinstance(value, Result):
-                written[name] = self.results[value.call - 1][value.field]
+                written[name] = value.of(self.results)
             elif isinstance(value, list):
                 written[name] = [self.mean(item) for item in value]
             else:

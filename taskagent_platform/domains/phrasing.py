@@ -5,20 +5,22 @@ A line reads ``request => calls``, for instance::
     add {title} to my list, due {date} => create_task(title={title}, due_date={date})
 
 Calls are joined by ``&`` (made in the same turn) or ``;`` (made after the earlier results). A value is a slot, a
-bare or quoted literal, a list, or the result of an earlier call of the same line (``@1.project_id``). ``"text"``
-instead of calls is an answer without a tool. ``||`` separates the turns of a longer conversation.
+bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``, or
+``@1.tasks.task_id`` of the only entry of a list. ``"text"`` instead of calls is an answer without a tool. ``||``
+separates the turns of a longer conversation.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from taskagent_platform.errors import PlatformError
 
 _SLOT = re.compile(r"\{([A-Za-z]+)(\d?)((?:\.[a-z]+)?)\}")
 _CALL = re.compile(r"([a-z_]+)\((.*)\)", re.DOTALL)
-_RESULT = re.compile(r"@(\d)\.([a-z_]+)")
+_RESULT = re.compile(r"@(\d)\.([a-z_.]+)")
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Result:
-    """The value of a field in the result of an earlier call, counted from 1 over the whole conversation."""
+    """The value of a field in the result of an earlier call, counted from 1 over the whole conversation.
+
+    ``tasks.task_id`` is the field ``task_id`` of the first entry of the list ``tasks``.
+    """
 
     call: int
     field: str
+
+    def of(self, results: Sequence[dict[str, Any]]) -> Any:
+        """Returns the value. Raises LookupError if there is no such field, or its list is empty."""
+        value: Any = results[self.call - 1]
+        for name in self.field.split("."):
+            value = (value[0] if isinstance(value, list) else value)[name]
+        return value
 
 
 Piece = str | Slot

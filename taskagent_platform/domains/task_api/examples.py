@@ -3,12 +3,12 @@
 import random
 import re
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from taskagent_platform.domains.example_writer import COMBINED, Done, ExampleWriter, Filled
-from taskagent_platform.domains.phrasing import Slot, Template
+from taskagent_platform.domains.phrasing import Result, Slot, Template, Value
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
 from taskagent_platform.domains.task_api.date_words import day_words, minute, written
@@ -109,14 +109,31 @@ class TaskApiWriter(ExampleWriter):
         listing = next((call for call in template.calls if call.tool == "list_tasks"), None)
         if listing is None:
             return
+        filters = self.arguments(listing)
+        if any(_is_found(value) for call in template.calls for value in call.arguments.values()):
+            # What is done with the task found is right for one only.
+            self._find_one(filters, tasks, projects)
+            return
         for task in tasks[: self.rng.randint(0, max(4, len(tasks) - 2))]:
-            for name, value in self.arguments(listing).items():
-                if name == "due_before":
-                    task["due_date"] = value
-                elif name == "project_id":
-                    task["project_id"] = projects[0]["project_id"]
-                else:
-                    task[name] = value
+            _match(task, filters, projects)
+
+    def _find_one(self, filters: dict[str, Any], tasks: list[dict[str, Any]], projects: list[dict[str, Any]]) -> None:
+        """Adds a task that the filters match; what there is already stops matching them."""
+        name, value = next(iter(filters.items()))
+        for task in tasks:
+            if name == "due_before":
+                task["due_date"] = str(date.fromisoformat(value) + timedelta(days=self.rng.randint(1, 9)))
+            elif name == "priority":
+                task["priority"] = {"high": "low", "medium": "high", "low": "medium"}[value]
+            elif name == "status":
+                task["status"] = "completed" if value == "open" else "open"
+            else:
+                task.pop(name, None)
+        title = self.rng.choice(self.values("titles"))
+        self._mention(tasks, "task_id", "title", "task", title[0].upper() + title[1:], "titles")
+        tasks[-1]["status"] = "open"
+        _match(tasks[-1], filters, projects)
+        self.rng.shuffle(tasks)
 
     def _mention(
         self, entries: list[dict[str, Any]], id_name: str, title_name: str, prefix: str, wanted: str, titles: str
@@ -130,6 +147,21 @@ class TaskApiWriter(ExampleWriter):
             numbers = (f"{prefix}_{self.rng.randint(1, 400):03d}" for _ in range(100))
             entry = {id_name: next(number for number in numbers if number not in taken), title_name: wanted}
         entries.append(entry)
+
+
+def _is_found(value: Value) -> bool:
+    return isinstance(value, Result) and value.field.startswith("tasks.")
+
+
+def _match(task: dict[str, Any], filters: dict[str, Any], projects: list[dict[str, Any]]) -> None:
+    """Gives a task what a listing's filters look for."""
+    for name, value in filters.items():
+        if name == "due_before":
+            task["due_date"] = value
+        elif name == "project_id":
+            task["project_id"] = projects[0]["project_id"]
+        else:
+            task[name] = value
 
 
 SOURCES = tuple(TaskApiWriter.mixes)

@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -38,7 +38,17 @@ _SHORT_DAYS = {"Monday": "Mon", "Tuesday": "Tue", "Wednesday": "Wed", "Thursday"
 _SHORT_TOMORROW = ("tmrw", "tmr", "tomorow")
 _COMPOSED = 0.4
 """How many titles, things and names are put together from single words."""
-_NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten"}
+_NUMBER_WORDS = dict(
+    enumerate(
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], start=1
+    )
+)
+_PAST = {5: "five past", 10: "ten past", 15: "quarter past", 20: "twenty past", 25: "twenty-five past", 30: "half past"}
+_TO = {35: "twenty-five to", 40: "twenty to", 45: "quarter to", 50: "ten to", 55: "five to"}
+_SPOKEN_MINUTES = (0, 0, 15, 30, 30, 45, 45, 10, 20, 40, 50)
+"""Minutes of the times that are written in words; most are those that people round to."""
+_HOURS = {"morning": range(6, 12), "afternoon": range(12, 18), "evening": range(17, 22)}
+"""Hours of each part of the day."""
 
 
 def _ordinal(day: int) -> str:
@@ -367,15 +377,32 @@ class Wording:
         kind = self.rng.random()
         if kind < 0.08:
             return self._clock_word("noon", "noon" if kind < 0.06 else "midday")
+        if kind < 0.2:
+            part = self.rng.choice(tuple(_HOURS))
+            spoken = self._spoken(_HOURS[part])
+            return spoken._replace(text=f"{spoken.text} in the {part}")
         hour = self.rng.choice((*range(6, 23), 8, 9, 9, 10, 14, 15, 16, 17, 18))
         minutes = self.rng.choice((0, 0, 0, 30, 30, 15, 45, self.rng.randrange(5, 60, 5)))
         value = f"{hour:02d}:{minutes:02d}"
-        if kind < 0.35:
+        if kind < 0.42:
             return _Clock(value if self.rng.random() < 0.5 else value.removeprefix("0"), value, "")
         half = "am" if hour < 12 else "pm"
         number = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
         written = self.rng.choice((half, half, f" {half}", f" {half.upper()}", half.upper(), f" {half[0]}.m."))
         return _Clock(number + written, value, f"{number}{half} {value}")
+
+    def _spoken(self, hours: Sequence[int]) -> _Clock:
+        """Draws a time as people say it, "half past nine", its half of the day left out; the note has it in digits."""
+        hour, minutes = self.rng.choice(hours), self.rng.choice(_SPOKEN_MINUTES)
+        shown = hour + (minutes > 30)
+        number = (shown - 1) % 12 + 1
+        name = _NUMBER_WORDS[number] if self.rng.random() < 0.7 else str(number)
+        before = (_PAST | _TO).get(minutes)
+        article = "a " if minutes in (15, 45) and self.rng.random() < 0.25 else ""
+        text = f"{article}{before} {name}" if before else name
+        digits = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
+        value = f"{hour:02d}:{minutes:02d}"
+        return _Clock(text, value, f"{digits}{'am' if hour < 12 else 'pm'} {value}")
 
     def _clock_word(self, word: str, text: str) -> _Clock:
         """Returns a time of the prompt's table, written as the table does or otherwise."""
@@ -426,6 +453,8 @@ class Wording:
                 return found.at(f"{found.text} in the {part}", clock)
             on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
             return found.at(f"{on}{found.text} {part}", clock)
+        if kind < 0.52:
+            return self._moment_of_part()
         found = self._single_day()
         if kind > 0.95:
             found = self._iso(self.now.date() + timedelta(days=self.rng.randint(1, 300)))
@@ -439,6 +468,19 @@ class Wording:
         apart = not word[-1:].isdigit() or ("-" in word and ":" in said)
         texts.append(f"{word} {said}" if said[:1].isdigit() and apart else texts[0])
         return found.at(self.rng.choice(texts), clock)
+
+    def _moment_of_part(self) -> Filled:
+        """Draws a part of a day and a time in it, such as "tomorrow morning at half past nine"."""
+        part = self.rng.choice(tuple(_HOURS))
+        clock = self._spoken(_HOURS[part])
+        found = self._named_day()
+        if found.text == "today":
+            word = "tonight" if part == "evening" and self.rng.random() < 0.5 else f"this {part}"
+        elif found.text.startswith("the day"):
+            word = f"{found.text} in the {part}"
+        else:
+            word = f"{_on(found.text) if self.rng.random() < 0.7 else ''}{found.text} {part}"
+        return found.at(f"{word} at {clock.text}" if self.rng.random() < 0.6 else f"at {clock.text} {word}", clock)
 
     def _priority(self) -> Filled:
         value = self.rng.choice(("high", "high", "medium", "low"))
