@@ -31,6 +31,14 @@ def test_steps_are_sequential_and_calls_within_one_parallel(tmp_path):
     assert second[1].arguments["y"] == (Slot("a"), "T", Slot("b"))
 
 
+def test_a_result_may_be_the_first_entry_of_a_list():
+    results = [{"count": 1, "tasks": [{"task_id": "7", "title": "a"}]}, {"id": "x", "tasks": []}]
+    assert Result(1, "tasks.task_id").of(results) == "7"
+    assert Result(2, "id").of(results) == "x"
+    with pytest.raises(LookupError):
+        Result(2, "tasks.task_id").of(results)
+
+
 def test_turns_may_answer_in_words(tmp_path):
     (template,) = _read(tmp_path, 'delete it => "Which one?" || {task} => delete_task(task_id={task})')
     assert template.turns[0].answer == ("Which one?",)

@@ -77,6 +77,52 @@ def test_dates_mean_what_they_say(now):
     assert checked > 150
 
 
+_SPOKEN = re.compile(
+    r"(?:a )?(?:(?P<minutes>five|ten|quarter|twenty|twenty-five|half) (?P<side>past|to) )?(?P<hour>\w+)"
+    r" in the (?P<part>morning|afternoon|evening)"
+)
+_MINUTES = {"five": 5, "ten": 10, "quarter": 15, "twenty": 20, "twenty-five": 25, "half": 30}
+_HOURS = ["twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+
+
+def test_times_in_words_mean_what_they_say():
+    checked = 0
+    for seed in range(1500):
+        filled = Wording(random.Random(seed), MOMENTS[0]).fill(Slot("time"))
+        said = _SPOKEN.fullmatch(filled.text)
+        if not said:
+            continue
+        hour = said["hour"]
+        minutes = (int(hour) % 12 if hour.isdigit() else _HOURS.index(hour)) * 60
+        minutes += _MINUTES[said["minutes"]] * (1 if said["side"] == "past" else -1) if said["minutes"] else 0
+        # The half of the day decides; twelve at noon is in the afternoon, and a quarter to it in the morning.
+        minutes = minutes % 720 + (0 if said["part"] == "morning" else 720)
+        assert filled.value == f"{minutes // 60:02d}:{minutes % 60:02d}", filled.text
+        assert filled.note.endswith(f" {filled.value}")
+        checked += 1
+    assert checked > 80
+
+
+def test_a_task_that_is_looked_up_is_the_only_one_found():
+    found = 0
+    for example in generate("multi_tool", 400, 5, MOMENTS):
+        calls = [call["function"]["name"] for message in example.messages for call in message.get("tool_calls") or []]
+        template = _template(example.meta["template"]) if example.meta["pattern"] == "chains" else ""
+        if "@1.tasks.task_id" not in template:
+            continue
+        (listed,) = json.loads(example.messages[3]["content"])["tasks"]
+        arguments = json.loads(example.messages[4]["tool_calls"][0]["function"]["arguments"])
+        assert calls[0] == "list_tasks"
+        assert arguments["task_id"] == listed["task_id"]
+        found += 1
+    assert found > 8
+
+
+def _template(place: str) -> str:
+    name, _, line = place.partition(":")
+    return (PHRASINGS / name).read_text().splitlines()[int(line) - 1]
+
+
 def test_every_noted_date_is_a_line_of_the_prompt_or_follows_from_one():
     noted = 0
     for example in generate("structured_outputs", 300, 5, MOMENTS):
