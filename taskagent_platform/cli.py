@@ -222,6 +222,7 @@ def show_domain(
 @app.command()
 def status() -> None:
     """Show what is deployed and what runs; exit status 1 if the endpoint does not answer."""
+    from taskagent_platform.serving.active import endpoint_url
     from taskagent_platform.serving.deployments import status as platform_status
 
     settings = _settings()
@@ -229,6 +230,8 @@ def status() -> None:
     gateway = "not running" if found.gateway is None else f"running (process {found.gateway.pid})"
     typer.echo(f"profile   {settings.profile}, home {settings.home}")
     typer.echo(f"endpoint  {found.endpoint}, gateway {gateway}")
+    if found.endpoint != (wanted := endpoint_url(settings)):
+        typer.echo(f"          the settings now put it at {wanted}; the next deployment moves it there")
     healthy = found.gateway is not None
     for of_domain in found.domains:
         deployments = of_domain.deployments

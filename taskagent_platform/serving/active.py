@@ -116,7 +116,11 @@ def model_name(settings: Settings, domain: str) -> str:
 
 def endpoint_url(settings: Settings) -> str:
     """Returns the stable address of the gateway, with ``/v1``, as a client on this machine reaches it."""
-    host = settings.serving.host
+    return url_at(settings.serving.host, settings.serving.port)
+
+
+def url_at(host: str, port: int) -> str:
+    """Returns the address, with ``/v1``, at which a client on this machine reaches who listens on host and port."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.serving.port}/v1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

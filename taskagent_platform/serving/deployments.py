@@ -31,6 +31,7 @@ from taskagent_platform.serving.active import (
     endpoint_url,
     model_name,
     read_active,
+    url_at,
     write_active,
 )
 from taskagent_platform.serving.gates import Verdict, champion_report_folder, judge
@@ -91,7 +92,13 @@ class DomainStatus(NamedTuple):
 
 
 class PlatformStatus(NamedTuple):
-    """What runs for one profile."""
+    """What runs for one profile.
+
+    Attributes:
+        endpoint: where the gateway listens; where the settings put it if none runs.
+        gateway: its process, if it runs.
+        domains: what is deployed.
+    """
 
     endpoint: str
     gateway: GatewayProcess | None
@@ -243,10 +250,11 @@ def make_room(settings: Settings, domain: str) -> None:
 def status(settings: Settings) -> PlatformStatus:
     """Returns what is deployed and what of it runs."""
     active = read_active(active_file(settings))
+    gateway = running_gateway(settings)
     names = sorted({*active.domains, *(folder.parent.name for folder in _server_folders(settings))})
     return PlatformStatus(
-        endpoint_url(settings),
-        running_gateway(settings),
+        endpoint_url(settings) if gateway is None else url_at(gateway.host, gateway.port),
+        gateway,
         tuple(_domain_status(settings, active, name) for name in names),
     )
 

@@ -136,6 +136,9 @@ def test_clients_of_the_gateway_follow_deployment_promotion_and_rollback(stage_w
         described = client.get(url.removesuffix("/v1") + "/deployment").json()[NAME]
     assert (described["active"]["model_digest"], described["previous"]["model_digest"]) == (first.digest, second.digest)
     assert described["active"]["gates"][0]["n"] == 20
+    serving = stage.settings.serving.model_copy(update={"port": free_port()})
+    moved = stage.settings.model_copy(update={"serving": serving})
+    assert (status(moved).endpoint, endpoint_url(moved) == url) == (url, False)
     assert stop_all(stage.settings)[0].startswith(f"gateway on port {stage.settings.serving.port}")
 
 
