@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_steps_are_sequential_and_calls_within_one_parallel(tmp_path):
 
 
 def test_a_result_may_be_the_first_entry_of_a_list():
-    results = [{"count": 1, "tasks": [{"task_id": "7", "title": "a"}]}, {"id": "x", "tasks": []}]
+    results: list[dict[str, Any]] = [{"count": 1, "tasks": [{"task_id": "7", "title": "a"}]}, {"id": "x", "tasks": []}]
     assert Result(1, "tasks.task_id").of(results) == "7"
     assert Result(2, "id").of(results) == "x"
     with pytest.raises(LookupError):
