@@ -64,6 +64,8 @@ def test_what_fails_more_than_the_rest_is_found_and_counted_in_the_training_data
 def test_the_wish_grows_with_what_there_is_and_stays_small_beside_the_whole() -> None:
     many = diagnose(starved(), [example([ADD, ADD, ADD])] * 100 + [example([ADD])] * 900)
     assert many.wanted == {Pattern("calls", "3"): 50}
+    rare = diagnose(starved(), [example([ADD, ADD, ADD])] * 10 + [example([ADD])] * 1990)
+    assert rare.wanted == {Pattern("calls", "3"): 90}, "filled up to a twentieth"
     few = diagnose(starved(), [example([ADD])] * 50)
     assert few.wanted == {Pattern("calls", "3"): 5}
 
