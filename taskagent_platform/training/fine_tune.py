@@ -131,8 +131,10 @@ def _refuse_without_package(settings: Settings) -> None:
 
 
 def _refuse_to_freeze_all(frozen: int, base_folder: Path) -> None:
+    if not frozen:
+        return
     layers = json.loads((base_folder / "config.json").read_text()).get("num_hidden_layers")
-    if frozen and layers is not None and frozen >= layers:
+    if layers is not None and frozen >= layers:
         raise PlatformError(
             f"training.frozen_layers is {frozen}, and the base model has {layers} layers: none is left to adapt; "
             f"set it below {layers}."
