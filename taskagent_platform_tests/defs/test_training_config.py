@@ -77,7 +77,7 @@ def refusal(result: dg.ExecuteInProcessResult) -> str:
 def test_the_launchpad_says_what_each_setting_is_and_its_bounds() -> None:
     fields = TrainingConfig.to_fields_dict()
     assert set(fields) == {
-        "rank", "alpha", "epochs", "learning_rate", "batch_size", "packing", "max_length", "seed",
+        "rank", "alpha", "frozen_layers", "epochs", "learning_rate", "batch_size", "packing", "max_length", "seed",
     }  # fmt: skip
     assert all(field.description and field.description != "None" for field in fields.values())
     assert fields["rank"].description == "rank of the adapter's matrices (at least 1, at most 512)"
