@@ -254,12 +254,12 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 2100, "function_calling": 2300, "multi_tool": 2200},
+        "data": {"structured_outputs": 2050, "function_calling": 2250, "multi_tool": 2150},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 8e-3, "optimizer": "muon", "packing": "prefix", "pack_examples": 24,
-            "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
-            "scheduler": "cosine", "warmup_ratio": 0.05,
+            "epochs": 1, "learning_rate": 8e-3, "optimizer": "muon", "frozen_layers": 5, "packing": "prefix",
+            "pack_examples": 24, "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1,
+            "save_every": 40, "scheduler": "cosine", "warmup_ratio": 0.05,
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},
