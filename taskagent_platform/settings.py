@@ -84,10 +84,8 @@ class TrainingSettings(_Section):
     scheduler: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optimizer: str = Field("adamw_8bit", description="`muon`, or one of transformers' names")
-    adam_beta2: float = Field(
-        0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; shorter for short runs"
-    )
+    optimizer: str = "adamw_8bit"
+    adam_beta2: float = Field(0.999, gt=0, lt=1, description="memory of squared gradients; shorter for short runs")
     max_length: int = Field(
         4096, ge=64, le=1 << 20, description="tokens of the longest example; a longer one is an error"
     )
@@ -254,12 +252,12 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 2050, "function_calling": 2250, "multi_tool": 2150},
+        "data": {"structured_outputs": 2100, "function_calling": 2250, "multi_tool": 2200},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 8e-3, "optimizer": "muon", "frozen_layers": 5, "packing": "prefix",
-            "pack_examples": 24, "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1,
-            "save_every": 40, "scheduler": "cosine", "warmup_ratio": 0.05,
+            "epochs": 1, "learning_rate": 3.3e-3, "optimizer": "adamw_torch", "frozen_layers": 3, "packing": "prefix",
+            "pack_examples": 20, "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1,
+            "save_every": 40, "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},

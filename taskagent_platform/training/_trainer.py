@@ -21,10 +21,6 @@ from taskagent_platform.training._rendering import evaluation_packs, read_exampl
 from taskagent_platform.training.packing import pack_all
 from taskagent_platform.training.template import Rendered
 
-MUON = "muon"
-"""``training.optimizer`` for Muon, which makes all directions of a matrix's update equally long: an adapter holds
-nothing but matrices."""
-
 
 class Rows(NamedTuple):
     """What the trainer is given, and how much of it there is.
@@ -68,7 +64,6 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
         peft_config=lora_config(chosen, model.config),
-        optimizer_cls_and_kwargs=own_optimizer(chosen),
     )
     if device.type == "cpu":
         fuse(trainer.model)
@@ -203,8 +198,7 @@ def training_arguments(
         "warmup_steps": chosen["warmup_ratio"],
         "weight_decay": chosen["weight_decay"],
         "max_grad_norm": chosen["max_grad_norm"],
-        # transformers does not know Muon by name; the trainer is given it as a class.
-        "optim": "adamw_torch" if chosen["optimizer"] == MUON else chosen["optimizer"],
+        "optim": chosen["optimizer"],
         "adam_beta2": chosen["adam_beta2"],
         # On a CPU the base model is held in this precision and the adapter in float32; nothing is cast on the way.
         "bf16": on_gpu and chosen["dtype"] == "bfloat16",
@@ -231,14 +225,6 @@ def training_arguments(
         "dataset_kwargs": None if own_packing else {"skip_prepare_dataset": True},
     }
     return SFTConfig(**(values | more))
-
-
-def own_optimizer(chosen: dict[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-    """Returns the class and the arguments of an optimizer that transformers does not know by name, or None."""
-    if chosen["optimizer"] != MUON:
-        return None
-    # Its update is as large as AdamW's usually is, so that learning rates stay comparable.
-    return torch.optim.Muon, {"lr": chosen["learning_rate"], "adjust_lr_fn": "match_rms_adamw"}
 
 
 def lora_config(chosen: dict[str, Any], model: PretrainedConfig) -> LoraConfig:

@@ -15,14 +15,7 @@ from transformers import AutoTokenizer, set_seed
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training._checkpoints import CheckpointTrainer
 from taskagent_platform.training._progress import Emit
-from taskagent_platform.training._trainer import (
-    adapted_layers,
-    own_optimizer,
-    plain_rows,
-    read_both,
-    run,
-    training_arguments,
-)
+from taskagent_platform.training._trainer import adapted_layers, plain_rows, read_both, run, training_arguments
 
 
 def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
@@ -72,7 +65,6 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=own_optimizer(chosen),
     )
     details = run(trainer, rows, spec, emit)
     return details | {"backend": "unsloth", "packing": chosen["packing"], "packing_asked": asked}
