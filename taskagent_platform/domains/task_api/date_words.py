@@ -33,8 +33,13 @@ CLOCK_WORDS = {
     "evening": "18",
     "tonight": "20",
     "end of day": "17",
+    **{f"{hour}pm": f"{hour + 12}" for hour in range(1, 12)},
 }
-"""The full hour that each word for a time of day means; a time with a number is no convention of ours."""
+"""The full hour that each word for a time of day means; a time in the morning is written as it is said.
+
+The hours of the afternoon look superfluous, and are not: a small model trained without them in its prompt takes 4pm for
+18:00, whatever the examples say.
+"""
 
 
 class Span(NamedTuple):
@@ -128,12 +133,13 @@ def date_block(now: datetime) -> str:
 
 
 def fixed_block() -> str:
-    """Returns what is the same at every moment: the hours that words mean."""
-    return "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
+    """Returns what is the same at every moment: the hours, and how the first days are written in a date."""
+    hours = ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
+    return f"hours: {hours}\ndays: {', '.join(map(two_digits, range(1, 10)))}"
 
 
 def two_digits(day: int) -> str:
-    """Returns a day of the month as people and as dates write it.
+    """Returns a day of the month as people and as dates write it, as the table does.
 
     It is noted before the date: right behind the month, a small model goes on with the digit that the user wrote, and
     the 3rd becomes the 30th.

@@ -32,7 +32,7 @@ class TaskApiWriter(ExampleWriter):
         },
         "function_calling": {
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
-            "get_calendar": 11, "create_project": 6, "no_tool": 19, "missing": 8,
+            "get_calendar": 11, "create_project": 6, "no_tool": 16, "missing": 7,
         },
         "multi_tool": {"chains": 38, "parallel": 32, COMBINED: 22, "corrections": 8},
     }  # fmt: skip
