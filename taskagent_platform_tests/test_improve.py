@@ -202,3 +202,17 @@ def test_targeted_examples_are_new_and_kept_beside_the_earlier_ones(settings: Se
     assert (both[:4], len(set(both))) == (first, 7)
     assert make({Pattern("calls", "9"): 3}) is None, "no generator makes that"
     assert make({}) is None
+
+
+def test_the_room_for_requests_of_several_calls_belongs_to_the_chains_that_are_wanted(
+    settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(settings, domain)
+    shop.retrain()
+    monkeypatch.setattr("taskagent_platform.data.targeted._room_for_multi", lambda _: 6)
+    wanted = {THREE_CALLS: 6, Pattern("tool", "switch_on"): 60}
+    make_targeted_examples(settings, domain, wanted, shop.training(), shop.folder / TARGETED, diagnosis="d")
+    made = count_patterns(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
+    assert made[THREE_CALLS] == 6
+    assert Pattern("calls", "2") not in made, "it would have taken the room of a chain"
+    assert made[Pattern("calls", "1")] > 6

@@ -77,7 +77,13 @@ def make_targeted_examples(
             break
         fitting = [pattern for pattern in patterns_of(record) if left.get(pattern)]
         calls = sum(len(message.get("tool_calls") or []) for message in record["messages"])
-        if not fitting or request_key(record) in seen or (calls > 1 and room <= 0):
+        # What room there is belongs first to the chains that are wanted for their length: nothing else can teach it.
+        free = (
+            room
+            if any(map(_is_chain, fitting))
+            else room - sum(left[pattern] for pattern in left if _is_chain(pattern))
+        )
+        if not fitting or request_key(record) in seen or (calls > 1 and free <= 0):
             continue
         verify(domain, record, f"{KIND}, example {len(new)}")
         if overlap(domain, [record]):
@@ -116,6 +122,10 @@ def _candidates(settings: Settings, domain: Domain, *, round_number: int) -> Ite
             times = moments(settings, domain, source)
             for example in domain.generate(source, source_count(settings, source), seed, times):
                 yield {"messages": example.messages, "tools": tools, "meta": dict(example.meta)}
+
+
+def _is_chain(pattern: Pattern) -> bool:
+    return pattern.dimension == "calls" and int(pattern.value) > 1
 
 
 def _room_for_multi(present: Distribution) -> int:
