@@ -18,9 +18,8 @@ SIGNIFICANT = 0.05
 _FEWEST_FAILURES = 2
 _FEWEST_ADDED = 24
 _ADDED_SHARE = 0.5
-_FILLED_SHARE = 0.05
-"""A pattern that training data hardly hold is filled up to this share of them."""
 _HIGHEST_SHARE = 0.1
+"""No pattern gets more of the training data added than this; one of which every case fails is filled up to it."""
 
 
 class Finding(BaseModel):
@@ -184,8 +183,8 @@ def _finding(
     known = None if pattern.dimension == "slice" else examples.get(pattern, 0)
     wanted = 0
     if known is not None and p_value < SIGNIFICANT:
-        missing = round(training_size * _FILLED_SHARE) - known
         most = max(1, round(training_size * _HIGHEST_SHARE))
+        missing = round(most * len(failed) / len(cases)) - known
         wanted = min(max(_FEWEST_ADDED, round(known * _ADDED_SHARE), missing), most)
     return Finding(
         dimension=pattern.dimension,

@@ -55,17 +55,21 @@ def test_what_fails_more_than_the_rest_is_found_and_counted_in_the_training_data
     first = diagnosis.findings[0]
     assert (first.pattern, first.failed, first.total, first.is_significant) == (Pattern("calls", "3"), 10, 10, True)
     assert first.faults == {"missing_call": 10}
-    assert (first.examples, first.wanted) == (2, 24)
-    assert diagnosis.wanted == {Pattern("calls", "3"): 24}
+    assert (first.examples, first.wanted) == (2, 28)
+    assert diagnosis.wanted == {Pattern("calls", "3"): 28}
     assert "3 calls: 10/10 fail" in diagnosis_text(diagnosis)
-    assert "2 training examples; add 24." in diagnosis_text(diagnosis)
+    assert "2 training examples; add 28." in diagnosis_text(diagnosis)
 
 
 def test_the_wish_grows_with_what_there_is_and_stays_small_beside_the_whole() -> None:
     many = diagnose(starved(), [example([ADD, ADD, ADD])] * 100 + [example([ADD])] * 900)
     assert many.wanted == {Pattern("calls", "3"): 50}
     rare = diagnose(starved(), [example([ADD, ADD, ADD])] * 10 + [example([ADD])] * 1990)
-    assert rare.wanted == {Pattern("calls", "3"): 90}, "filled up to a twentieth"
+    assert rare.wanted == {Pattern("calls", "3"): 190}, "every case fails: filled up to a tenth"
+    threes = [case(200 + n, True, ADD, ADD, ADD) for n in range(10)]
+    report = starved()
+    half = report.model_copy(update={"cases": (*report.cases, *threes)})
+    assert diagnose(half, [example([ADD])] * 2000).wanted == {Pattern("calls", "3"): 100}, "half of them fail"
     few = diagnose(starved(), [example([ADD])] * 50)
     assert few.wanted == {Pattern("calls", "3"): 5}
 
