@@ -72,22 +72,19 @@ def make_targeted_examples(
     made: dict[str, int] = {str(pattern): 0 for pattern in left}
     room = _room_for_multi(distribution(domain, list(training)))
     new: list[Record] = []
-    for record in _candidates(settings, domain, round_number=len(kept)):
-        if not left:
-            break
+
+    def take(record: Record, reserved: int) -> bool:
+        """Takes an example that is wanted; returns whether it only lacks the room that is reserved for others."""
+        nonlocal room
         fitting = [pattern for pattern in patterns_of(record) if left.get(pattern)]
+        if not fitting or request_key(record) in seen:
+            return False
         calls = sum(len(message.get("tool_calls") or []) for message in record["messages"])
-        # What room there is belongs first to the chains that are wanted for their length: nothing else can teach it.
-        free = (
-            room
-            if any(map(_is_chain, fitting))
-            else room - sum(left[pattern] for pattern in left if _is_chain(pattern))
-        )
-        if not fitting or request_key(record) in seen or (calls > 1 and free <= 0):
-            continue
+        if calls > 1 and room <= (0 if any(map(_is_chain, fitting)) else reserved):
+            return room > 0
         verify(domain, record, f"{KIND}, example {len(new)}")
         if overlap(domain, [record]):
-            continue
+            return False
         seen.add(request_key(record))
         record["meta"]["source"] = KIND
         new.append(record)
@@ -97,6 +94,18 @@ def make_targeted_examples(
             left[pattern] -= 1
             if not left[pattern]:
                 del left[pattern]
+        return False
+
+    # What room there is belongs first to the chains that are wanted for their length, which nothing else can teach;
+    # what no generator filled is for the others.
+    waiting: list[Record] = []
+    for record in _candidates(settings, domain, round_number=len(kept)):
+        if not left:
+            break
+        if take(record, reserved=sum(left[pattern] for pattern in left if _is_chain(pattern))) and len(waiting) < room:
+            waiting.append(record)
+    for record in waiting:
+        take(record, reserved=0)
     if not new:
         return None
     details: dict[str, object] = {"made": made, "new": len(new), "total": len(kept) + len(new)}
@@ -125,6 +134,7 @@ def _candidates(settings: Settings, domain: Domain, *, round_number: int) -> Ite
 
 
 def _is_chain(pattern: Pattern) -> bool:
+    """Tells whether a pattern is a number of calls above one."""
     return pattern.dimension == "calls" and int(pattern.value) > 1
 
 
