@@ -57,8 +57,9 @@ def improve(
 ) -> Outcome:
     """Diagnoses, adds examples, retrains and compares, at most ``rounds`` times.
 
-    A round is better if more gates pass, or as many and more cases are right. What a worse round made is replaced by
-    what the best one had, so that the next run starts from there.
+    A round is better if its gates all pass and the best one's did not, else if more cases are right: the number of
+    gates passed says less, for a gate on ten cases fails by one. What a worse round made is replaced by what the best
+    one had, so that the next run starts from there.
 
     Args:
         settings: the settings.
@@ -156,11 +157,11 @@ def _passes(settings: Settings, domain: Domain, folder: Path) -> bool:
     return not judge(settings, domain, model, folder / REPORT_KIND).refusals
 
 
-def _rank(settings: Settings, report: "EvalReport") -> tuple[int, int]:
+def _rank(settings: Settings, report: "EvalReport") -> tuple[bool, int]:
     from taskagent_platform.evaluation.report import gate_results
 
-    passed = sum(gate.passed for gate in gate_results(report, settings.gates))
-    return passed, sum(case.passed for case in report.cases)
+    passes = all(gate.passed for gate in gate_results(report, settings.gates))
+    return passes, sum(case.passed for case in report.cases)
 
 
 def _line(what: str, settings: Settings, report: "EvalReport") -> str:

@@ -42,6 +42,7 @@ class Workshop:
         self.folder = settings.folder(domain.name)
         self.learns = learns
         self.trained = 0
+        self.forgets_a_tool = False
 
     def training(self) -> list[Record]:
         return list(read_jsonl(self.folder / "training_dataset" / TRAIN_FILE))
@@ -68,6 +69,8 @@ class Workshop:
         for path in self.domain.suites:
             lists = json.loads(path.read_text())
             turns |= {entry["input"]: [[("list_lamps", {})]] for entry in lists["tool_selection"]}
+            if self.forgets_a_tool:
+                turns[lists["tool_selection"][0]["input"]] = ["Done."]
             turns |= {entry["input"]: [[("switch_on", {"room": "hall"})]] for entry in lists["argument_extraction"]}
             for entry in lists["multi_tool_chains"]:
                 calls = list(zip(entry["expected_parallel"], entry["expected_args"], strict=True))
@@ -166,6 +169,20 @@ def test_rounds_that_do_not_help_end_and_leave_the_best_in_place(settings: Setti
     assert not (shop.folder / "best_round").exists()
 
 
+def test_a_gate_that_a_few_cases_decide_does_not_overturn_many_more_right_cases(
+    settings: Settings, domain: StarvedDomain
+) -> None:
+    settings = settings.model_copy(
+        update={"gates": settings.gates.model_copy(update={"tool_selection": 0.99, "multi_tool": 1.0})}
+    )
+    shop = Workshop(settings, domain)
+    shop.retrain()
+    shop.forgets_a_tool = True
+    outcome = shop.improve(1)
+    assert (outcome.rounds, outcome.best_round) == (1, 1)
+    assert outcome.right == (39, 40)
+
+
 def test_nothing_is_retrained_where_nothing_can_be_added(settings: Settings, domain: StarvedDomain) -> None:
     shop = Workshop(settings, domain)
     shop.retrain()
@@ -216,3 +233,16 @@ def test_the_room_for_requests_of_several_calls_belongs_to_the_chains_that_are_w
     assert made[THREE_CALLS] == 6
     assert Pattern("calls", "2") not in made, "it would have taken the room of a chain"
     assert made[Pattern("calls", "1")] > 6
+
+
+def test_room_for_chains_that_no_generator_makes_goes_to_the_others(
+    settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop = Workshop(settings, domain)
+    shop.retrain()
+    monkeypatch.setattr("taskagent_platform.data.targeted._room_for_multi", lambda _: 6)
+    wanted = {Pattern("calls", "9"): 30, Pattern("tool", "switch_on"): 5_000}
+    make_targeted_examples(settings, domain, wanted, shop.training(), shop.folder / TARGETED, diagnosis="d")
+    made = count_patterns(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
+    several = sum(count for pattern, count in made.items() if pattern.dimension == "calls" and int(pattern.value) > 1)
+    assert 0 < several <= 6
