@@ -149,11 +149,11 @@ def make_base(
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from taskagent_platform.training import template
-    from taskagent_platform.training._base_model import _smollm2_tokenizer
+    from taskagent_platform.training._base_model import _gguf_tokenizer
     from taskagent_platform.training._rendering import read_examples
     from taskagent_platform.training.packing import group
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder) if tokenizer_folder else _smollm2_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder) if tokenizer_folder else _gguf_tokenizer()
     tokens = template.control_tokens(tokenizer)
     tokenizer.eos_token, tokenizer.pad_token = tokens.end_token, "<|endoftext|>"
     tokenizer.chat_template = template.chat_template(tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import decoders
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,9 +75,12 @@ def _gguf_file() -> Path:
     )
 
 
-def _smollm2_tokenizer() -> PreTrainedTokenizerBase:
+def _gguf_tokenizer() -> PreTrainedTokenizerBase:
     file = _gguf_file()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    # The decoder made from a GGUF file joins the tokens before it reads their bytes, which fails beside an added token
+    # with a space.
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -88,11 +92,29 @@ def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     values = {name: value for name, value in loaded.config.to_dict().items() if name not in dropped}
     model = LlamaForCausalLM(LlamaConfig(**values)).to(torch.float32)
     model.load_state_dict(loaded.state_dict())
-    return model, _smollm2_tokenizer()
+    tokenizer = _gguf_tokenizer()
+    _add_call_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def _add_call_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the tokens of calls, each with the mean of its parts' embeddings at their length.
+
+    An adapter trains no embeddings, so they stay as they begin.
+    """
+    parts = {token: tokenizer.encode(token, add_special_tokens=False) for token in template.CALL_TOKENS}
+    tokenizer.add_tokens(list(parts))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = model.get_input_embeddings().weight.data
+    for token, pieces in parts.items():
+        mean = embeddings[pieces].mean(0)
+        length = embeddings[pieces].norm(dim=-1).mean()
+        embeddings[tokenizer.convert_tokens_to_ids(token)] = mean * length / mean.norm()
 
 
 def _tiny(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _smollm2_tokenizer()
+    tokenizer = _gguf_tokenizer()
+    tokenizer.add_tokens(list(template.CALL_TOKENS))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         # Heads are 32 wide: vLLM's attention on CPUs takes none of 16 ("Unsupported CPU attention configuration").

