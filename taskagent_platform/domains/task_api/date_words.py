@@ -133,13 +133,12 @@ def date_block(now: datetime) -> str:
 
 
 def fixed_block() -> str:
-    """Returns what is the same at every moment: the hours, and how the first days are written in a date."""
-    hours = ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
-    return f"hours: {hours}\ndays: {', '.join(map(two_digits, range(1, 10)))}"
+    """Returns what is the same at every moment: the hours that words mean."""
+    return "hours: " + ", ".join(f"{word} {hour}" for word, hour in CLOCK_WORDS.items())
 
 
 def two_digits(day: int) -> str:
-    """Returns a day of the month as people and as dates write it, as the table does.
+    """Returns a day of the month as people and as dates write it.
 
     It is noted before the date: right behind the month, a small model goes on with the digit that the user wrote, and
     the 3rd becomes the 30th.

@@ -447,12 +447,7 @@ class Wording:
             part = self.rng.choice(("morning", "afternoon", "evening"))
             clock = self._clock_word(part, part)
             found = self._named_day()
-            if found.text == "today":
-                return found.at(f"this {part}", clock)
-            if found.text.startswith("the day"):
-                return found.at(f"{found.text} in the {part}", clock)
-            on = "on " if found.text[:1].isupper() and self.rng.random() < 0.7 else ""
-            return found.at(f"{on}{found.text} {part}", clock)
+            return found.at(self._day_part(found, part), clock)
         if kind < 0.52:
             return self._moment_of_part()
         found = self._single_day()
@@ -474,13 +469,18 @@ class Wording:
         part = self.rng.choice(tuple(_HOURS))
         clock = self._spoken(_HOURS[part])
         found = self._named_day()
-        if found.text == "today":
-            word = "tonight" if part == "evening" and self.rng.random() < 0.5 else f"this {part}"
-        elif found.text.startswith("the day"):
-            word = f"{found.text} in the {part}"
-        else:
-            word = f"{_on(found.text) if self.rng.random() < 0.7 else ''}{found.text} {part}"
+        word = self._day_part(found, part)
+        if word == "this evening" and self.rng.random() < 0.5:
+            word = "tonight"
         return found.at(f"{word} at {clock.text}" if self.rng.random() < 0.6 else f"at {clock.text} {word}", clock)
+
+    def _day_part(self, day: _Day, part: str) -> str:
+        """Returns a part of a day as an adverbial: "this morning", "on Friday evening"."""
+        if day.text == "today":
+            return f"this {part}"
+        if day.text.startswith("the day"):
+            return f"{day.text} in the {part}"
+        return f"{_on(day.text) if self.rng.random() < 0.7 else ''}{day.text} {part}"
 
     def _priority(self) -> Filled:
         value = self.rng.choice(("high", "high", "medium", "low"))
