@@ -252,12 +252,12 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 2300, "function_calling": 2500, "multi_tool": 2400},
+        "data": {"structured_outputs": 2000, "function_calling": 2300, "multi_tool": 2500},
         "base_model": {"source": "smollm2"},
         "training": {
-            "epochs": 1, "learning_rate": 3e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 16,
+            "epochs": 1, "learning_rate": 3.2e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
-            "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95,
+            "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},
