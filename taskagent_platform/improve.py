@@ -57,9 +57,9 @@ def improve(
 ) -> Outcome:
     """Diagnoses, adds examples, retrains and compares, at most ``rounds`` times.
 
-    A round is better if its gates all pass and the best one's did not, else if more cases are right: the number of
-    gates passed says less, for a gate on ten cases fails by one. What a worse round made is replaced by what the best
-    one had, so that the next run starts from there.
+    A round is better if its model could be deployed and the best one's could not, else if more cases are right, else if
+    more gates pass: a gate on ten cases fails by one of them, and says less than many cases. What a worse round made is
+    replaced by what the best one had, so that the next run starts from there.
 
     Args:
         settings: the settings.
@@ -77,6 +77,7 @@ def improve(
         say("There is no evaluation yet: making the first model.")
         _run(retrain, "main job")
     best, best_round = _report(folder), 0
+    best_rank = _rank(settings, domain, folder, best)
     say(_line("Before", settings, best))
     ending: Ending = "all rounds made"
     made = 0
@@ -94,11 +95,12 @@ def improve(
         made = number
         report = _report(folder)
         say(_line(f"Round {number}", settings, report))
-        if _rank(settings, report) <= _rank(settings, best):
+        rank = _rank(settings, domain, folder, report)
+        if rank <= best_rank:
             _restore(folder / _BEST, folder)
             ending = "no improvement"
             break
-        best, best_round = report, number
+        best, best_round, best_rank = report, number, rank
     else:
         if _passes(settings, domain, folder):
             ending = "the gates pass"
@@ -157,11 +159,11 @@ def _passes(settings: Settings, domain: Domain, folder: Path) -> bool:
     return not judge(settings, domain, model, folder / REPORT_KIND).refusals
 
 
-def _rank(settings: Settings, report: "EvalReport") -> tuple[bool, int]:
+def _rank(settings: Settings, domain: Domain, folder: Path, report: "EvalReport") -> tuple[bool, int, int]:
     from taskagent_platform.evaluation.report import gate_results
 
-    passes = all(gate.passed for gate in gate_results(report, settings.gates))
-    return passes, sum(case.passed for case in report.cases)
+    passed = sum(gate.passed for gate in gate_results(report, settings.gates))
+    return _passes(settings, domain, folder), sum(case.passed for case in report.cases), passed
 
 
 def _line(what: str, settings: Settings, report: "EvalReport") -> str:

@@ -98,13 +98,13 @@ def make_targeted_examples(
 
     # What room there is belongs first to the chains that are wanted for their length, which nothing else can teach;
     # what no generator filled is for the others.
-    waiting: list[Record] = []
+    waiting: dict[str, Record] = {}
     for record in _candidates(settings, domain, round_number=len(kept)):
         if not left:
             break
-        if take(record, reserved=sum(left[pattern] for pattern in left if _is_chain(pattern))) and len(waiting) < room:
-            waiting.append(record)
-    for record in waiting:
+        if take(record, reserved=sum(left[pattern] for pattern in left if _is_chain(pattern))):
+            waiting.setdefault(request_key(record), record)
+    for record in waiting.values():
         take(record, reserved=0)
     if not new:
         return None
