@@ -29,6 +29,7 @@ from taskagent_platform.evaluation.bfcl import (
 from taskagent_platform.evaluation.client import Endpoint
 from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.training.base_model import KIND as BASE
+from taskagent_platform.training.base_model import published_model
 from taskagent_platform.training.merge import KIND as MERGED
 
 if TYPE_CHECKING:
@@ -130,7 +131,9 @@ def _measure(stage: Stage, name: str, model: Manifest) -> BfclResult:
     def on_progress(done: int, total: int) -> None:
         stage.observe({"what": name, "cases_done": done, "cases": total}, now=done == total)
 
-    with model_server(stage, stage.folder(name), model) as server:
+    # What training added to the base model without teaching it would be held against it.
+    folder = published_model(stage.folder(name)) if name == BASE else stage.folder(name)
+    with model_server(stage, folder, model) as server:
         return ask_bfcl(
             bfcl,
             Endpoint(server.base_url, server.name, settings.serving.max_tokens),

@@ -47,6 +47,7 @@ from taskagent_platform.serving.gates import (
 from taskagent_platform.serving.server import Server, start_server, stop_server, why_ended
 from taskagent_platform.settings import GateSettings, Settings
 from taskagent_platform.training.base_model import KIND as BASE
+from taskagent_platform.training.base_model import published_model
 from taskagent_platform.training.fine_tune import KIND as ADAPTER
 from taskagent_platform.training.merge import KIND as MERGED
 
@@ -94,7 +95,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
-                with model_server(stage, stage.folder(BASE), model) as server:
+                with model_server(stage, published_model(stage.folder(BASE)), model) as server:
                     measured = measure(stage, server, *suites, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)

