@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from taskagent_platform.artifacts import Manifest, code_version, find_artifact, new_artifact, read_manifest
+from taskagent_platform.artifacts import code_version, find_artifact, new_artifact, read_manifest
 from taskagent_platform.defs.eval_report import model_server
 from taskagent_platform.defs.figures import table
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
@@ -117,12 +117,12 @@ def _result(stage: Stage, name: str) -> BfclResult:
     }
     if find_artifact(folder, **made_from) is None:
         with new_artifact(folder, **made_from) as scratch:
-            measured = _measure(stage, name, model)
+            measured = _measure(stage, name)
             (scratch / RESULT_FILE).write_text(measured.model_dump_json(indent=1), encoding="utf-8")
     return load_result(folder)
 
 
-def _measure(stage: Stage, name: str, model: Manifest) -> BfclResult:
+def _measure(stage: Stage, name: str) -> BfclResult:
     settings = stage.settings
     stage.say(f"Preparing {PACKAGE} in its own environment.")
     bfcl = install_bfcl(settings)
@@ -133,7 +133,7 @@ def _measure(stage: Stage, name: str, model: Manifest) -> BfclResult:
 
     # What training added to the base model without teaching it would be held against it.
     folder = published_model(stage.folder(name)) if name == BASE else stage.folder(name)
-    with model_server(stage, folder, model) as server:
+    with model_server(stage, folder, read_manifest(folder)) as server:
         return ask_bfcl(
             bfcl,
             Endpoint(server.base_url, server.name, settings.serving.max_tokens),

@@ -95,7 +95,8 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             }
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
-                with model_server(stage, published_model(stage.folder(BASE)), model) as server:
+                published = published_model(stage.folder(BASE))
+                with model_server(stage, published, read_manifest(published)) as server:
                     measured = measure(stage, server, *suites, measure_latency=False)
                 with new_artifact(stage.folder(), **made_from) as scratch:
                     save_report(measured, scratch, stage.settings.gates)

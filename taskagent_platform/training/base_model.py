@@ -34,10 +34,13 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
         PlatformError: the model is missing, gated or has no control tokens for turns, or the process failed.
     """
     details: dict[str, Any] = {}
-    with new_artifact(
-        folder, kind=KIND, inputs={}, settings=base_model_settings(settings),
-        code_version=code_version("training"), details=details,
-    ) as scratch:  # fmt: skip
+    made_from: dict[str, Any] = {
+        "kind": KIND,
+        "inputs": {},
+        "settings": base_model_settings(settings),
+        "code_version": code_version("training"),
+    }
+    with new_artifact(folder, **made_from, details=details) as scratch:
         spec = {
             "source": settings.base_model.source,
             "dtype": settings.training.dtype,
@@ -45,6 +48,11 @@ def prepare_base_model(settings: Settings, folder: Path) -> Manifest:
             "folder": str(scratch),
         }
         details.update(run_payload("base_model", spec, folder.parent / f".{folder.name}.log", may_download=True))
+        if (published := scratch / PUBLISHED).is_dir():
+            # An artifact of its own: a server reads no folder without a manifest.
+            with new_artifact(published, **made_from, details={"source": details["source"]}) as own:
+                for file in published.iterdir():
+                    file.rename(own / file.name)
     return read_manifest(folder, kind=KIND)
 
 

@@ -37,11 +37,10 @@ def test_smollm2_gets_tokens_that_mean_what_their_parts_mean_and_stands_beside_a
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from taskagent_platform.training._base_model import write_base_model
-
-    write_base_model({"source": "smollm2", "folder": str(tmp_path)})
-    folders = (tmp_path, published_model(tmp_path))
-    assert folders[1] != tmp_path
+    made = tmp_path / "base_model"
+    prepare_base_model(load_settings(profile="cpu"), made)
+    folders = (made, published_model(made))
+    assert len({read_manifest(folder, kind="base_model", verify=True).digest for folder in folders}) == 2
     tokenizer, plain = (AutoTokenizer.from_pretrained(folder) for folder in folders)
     own, published = (AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings() for folder in folders)
     assert own.num_embeddings == len(tokenizer) == len(plain) + len(CALL_TOKENS)
