@@ -5,12 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from taskagent_platform.evaluation.answer import read_answer
+from taskagent_platform.evaluation.lint import lint_suite
+from taskagent_platform.evaluation.suite import load_suite
 from taskagent_platform.settings import PROJECT_ROOT
 from taskagent_platform_tests.evaluation.light_server import LightServer
 from taskagent_platform_tests.serving.fake_server import serve
@@ -21,8 +25,8 @@ PROGRAM = BENCHMARKS / "evaluation.py"
 CALL = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
 
 
-def load_program() -> Any:
-    spec = importlib.util.spec_from_file_location("evaluation_benchmark", PROGRAM)
+def load_program(program: Path = PROGRAM) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{program.stem}_benchmark", program)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -118,3 +122,33 @@ def test_a_benchmark_of_training_needs_the_examples_that_a_demo_makes(tmp_path: 
         f"no training examples in {tmp_path}/smoke/task_api/training_dataset/train.jsonl; run `make demo`"
         in done.stderr
     )
+
+
+def test_the_starved_domain_lacks_three_calls_at_the_settings_seed_only() -> None:
+    recovery = load_program(BENCHMARKS / "recovery.py")
+    moments = [datetime(2026, 3, 3, 9)]
+    made = {
+        seed: [recovery.most_calls(one) for one in recovery.DOMAIN.generate("multi_tool", 150, seed, moments)]
+        for seed in (recovery.STARVED_SEED, 7)
+    }
+    assert [len(calls) for calls in made.values()] == [150, 150]
+    assert max(made[recovery.STARVED_SEED]) == 2
+    assert sum(calls >= 3 for calls in made[7]) >= 15
+
+
+def test_right_cases_are_counted_by_the_number_of_calls() -> None:
+    compare = load_program(BENCHMARKS / "recovery.py").compare
+    before = {f"case {number}": [3, number < 2] for number in range(10)} | {"one": [1, True]}
+    after = {f"case {number}": [3, number > 0] for number in range(10)} | {"one": [1, True]}
+    figures = compare(before, after)
+    assert figures["1"] == {"cases": 1, "before": 1, "after": 1, "p_value": 1.0}
+    assert (figures["3"]["before"], figures["3"]["after"]) == (2, 9)
+    # Eight were won and one lost.
+    assert figures["3"]["p_value"] == pytest.approx(2 * 10 / 2**9)
+
+
+def test_the_gold_answers_of_the_recovery_suite_hold() -> None:
+    domain = load_program(BENCHMARKS / "recovery.py").DOMAIN
+    suite = load_suite(domain.suites, domain)
+    assert lint_suite(suite, domain) == []
+    assert Counter(len(case.calls) for case in suite.cases) == {0: 10, 1: 80, 2: 30, 3: 60}
