@@ -22,10 +22,12 @@ from rich.table import Table
 
 from taskagent_platform.domains.base import Example
 from taskagent_platform.domains.customer_support import CustomerSupportDomain
-from taskagent_platform.evaluation.report import CaseRecord, load_report
-from taskagent_platform.evaluation.statistics import mcnemar_exact
+from taskagent_platform.evaluation.comparison import compare
+from taskagent_platform.evaluation.diagnosis import TEXT_FILE
+from taskagent_platform.evaluation.report import EvalReport, load_report
 from taskagent_platform.improve import run_improvement
 from taskagent_platform.serving.deployments import stop_all
+from taskagent_platform.serving.gates import REPORT_KIND
 from taskagent_platform.settings import load_settings
 
 STARVED_SEED = 42
@@ -85,14 +87,13 @@ def main() -> None:
     if (folder / "failure_diagnosis").exists():
         sys.exit(f"In {arguments.home} a model was improved already; name an empty folder.")
     run_improvement(settings, console, 0)
-    before = rights(load_report(folder / "eval_report").cases)
+    before = load_report(folder / REPORT_KIND)
     try:
         outcome = run_improvement(settings, console, arguments.rounds)
     finally:
         stop_all(settings)
     console.print(f"Ended because: {outcome.ending}; kept is the model of round {outcome.best_round}.")
-    after = rights(load_report(folder / "eval_report").cases)
-    figures = compare(before, after)
+    figures = compare_by_calls(before, load_report(folder / REPORT_KIND))
     show(figures, folder, console)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2))
@@ -116,22 +117,20 @@ def environment_of(home: Path, profile: str, examples: Sequence[int]) -> dict[st
     }
 
 
-def rights(cases: Sequence[CaseRecord]) -> dict[str, list[int]]:
-    """Returns, for each case, how many calls it takes and whether it was answered right."""
-    return {case.id: [len(case.expected), case.passed] for case in cases}
-
-
-def compare(before: dict[str, list[int]], after: dict[str, list[int]]) -> dict[str, dict[str, float]]:
+def compare_by_calls(before: EvalReport, after: EvalReport) -> dict[str, dict[str, float]]:
     """Counts right cases by the number of calls."""
     figures = {}
-    for calls in sorted({number for number, _ in before.values()}):
-        cases = [case for case, (number, _) in before.items() if number == calls]
-        pairs = [(bool(before[case][1]), bool(after[case][1])) for case in cases]
+    for calls in sorted({len(case.expected) for case in before.cases}):
+        first, second = (
+            report.model_copy(update={"cases": tuple(case for case in report.cases if len(case.expected) == calls)})
+            for report in (before, after)
+        )
+        paired = next(one for one in compare(second, first) if one.name == "all")
         figures[str(calls)] = {
-            "cases": len(pairs),
-            "before": sum(first for first, _ in pairs),
-            "after": sum(second for _, second in pairs),
-            "p_value": mcnemar_exact(pairs.count((True, False)), pairs.count((False, True))),
+            "cases": paired.n,
+            "before": sum(case.passed for case in first.cases),
+            "after": sum(case.passed for case in second.cases),
+            "p_value": paired.p_value,
         }
     return figures
 
@@ -144,7 +143,7 @@ def show(figures: dict[str, dict[str, float]], folder: Path, console: Console) -
     for calls, one in figures.items():
         shown.add_row(calls, str(one["cases"]), str(one["before"]), str(one["after"]), f"{one['p_value']:.2g}")
     console.print(shown)
-    diagnosis = folder / "failure_diagnosis" / "diagnosis.txt"
+    diagnosis = folder / "failure_diagnosis" / TEXT_FILE
     if diagnosis.exists():
         console.print(diagnosis.read_text(), markup=False, highlight=False, soft_wrap=True)
 

@@ -14,9 +14,11 @@ import pytest
 
 from taskagent_platform.evaluation.answer import read_answer
 from taskagent_platform.evaluation.lint import lint_suite
+from taskagent_platform.evaluation.report import EvalReport
 from taskagent_platform.evaluation.suite import load_suite
 from taskagent_platform.settings import PROJECT_ROOT
 from taskagent_platform_tests.evaluation.light_server import LightServer
+from taskagent_platform_tests.evaluation.test_report import record, report_of
 from taskagent_platform_tests.serving.fake_server import serve
 from taskagent_platform_tests.training.conversations import example, write_jsonl
 
@@ -137,10 +139,16 @@ def test_the_starved_domain_lacks_three_calls_at_the_settings_seed_only() -> Non
 
 
 def test_right_cases_are_counted_by_the_number_of_calls() -> None:
-    compare = load_program(BENCHMARKS / "recovery.py").compare
-    before = {f"case {number}": [3, number < 2] for number in range(10)} | {"one": [1, True]}
-    after = {f"case {number}": [3, number > 0] for number in range(10)} | {"one": [1, True]}
-    figures = compare(before, after)
+    call = {"tool": "add", "arguments": {}}
+
+    def report(right: range) -> EvalReport:
+        cases = [record("multi_tool_chains", number, number in right) for number in range(10)]
+        threes = [case.model_copy(update={"expected": (call,) * 3}) for case in cases]
+        return report_of(
+            {}, cases=(*threes, record("tool_selection", 10, True).model_copy(update={"expected": (call,)}))
+        )
+
+    figures = load_program(BENCHMARKS / "recovery.py").compare_by_calls(report(range(2)), report(range(1, 10)))
     assert figures["1"] == {"cases": 1, "before": 1, "after": 1, "p_value": 1.0}
     assert (figures["3"]["before"], figures["3"]["after"]) == (2, 9)
     # Eight were won and one lost.

@@ -5,6 +5,7 @@ The stand-in for the model answers a kind of chain only if enough examples of it
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +222,21 @@ def test_targeted_examples_are_new_and_kept_beside_the_earlier_ones(settings: Se
     assert make({}) is None
 
 
-def test_the_room_for_requests_of_several_calls_belongs_to_the_chains_that_are_wanted(
-    settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def made_with_room_for_six(
+    settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch, wanted: dict[Pattern, int]
+) -> Mapping[Pattern, int]:
+    """Counts the targeted examples that are made where six of several calls have room."""
     shop = Workshop(settings, domain)
     shop.retrain()
     monkeypatch.setattr("taskagent_platform.data.targeted._room_for_multi", lambda _: 6)
-    wanted = {THREE_CALLS: 6, Pattern("tool", "switch_on"): 60}
     make_targeted_examples(settings, domain, wanted, shop.training(), shop.folder / TARGETED, diagnosis="d")
-    made = count_patterns(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
+    return count_patterns(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
+
+
+def test_the_room_for_requests_of_several_calls_belongs_to_the_chains_that_are_wanted(
+    settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_with_room_for_six(settings, domain, monkeypatch, {THREE_CALLS: 6, Pattern("tool", "switch_on"): 60})
     assert made[THREE_CALLS] == 6
     assert Pattern("calls", "2") not in made, "it would have taken the room of a chain"
     assert made[Pattern("calls", "1")] > 6
@@ -238,11 +245,7 @@ def test_the_room_for_requests_of_several_calls_belongs_to_the_chains_that_are_w
 def test_room_for_chains_that_no_generator_makes_goes_to_the_others(
     settings: Settings, domain: StarvedDomain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shop = Workshop(settings, domain)
-    shop.retrain()
-    monkeypatch.setattr("taskagent_platform.data.targeted._room_for_multi", lambda _: 6)
     wanted = {Pattern("calls", "9"): 30, Pattern("tool", "switch_on"): 5_000}
-    make_targeted_examples(settings, domain, wanted, shop.training(), shop.folder / TARGETED, diagnosis="d")
-    made = count_patterns(read_jsonl(shop.folder / TARGETED / "examples.jsonl"))
+    made = made_with_room_for_six(settings, domain, monkeypatch, wanted)
     several = sum(count for pattern, count in made.items() if pattern.dimension == "calls" and int(pattern.value) > 1)
     assert 0 < several <= 6

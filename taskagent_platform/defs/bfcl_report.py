@@ -132,7 +132,7 @@ def _measure(stage: Stage, name: str) -> BfclResult:
         stage.observe({"what": name, "cases_done": done, "cases": total}, now=done == total)
 
     # What training added to the base model without teaching it would be held against it.
-    folder = published_model(stage.folder(name)) if name == BASE else stage.folder(name)
+    folder = published_model(stage.folder(name))
     with model_server(stage, folder, read_manifest(folder)) as server:
         return ask_bfcl(
             bfcl,
