@@ -221,8 +221,8 @@ class Wording:
         wordings = (
             f"{month} {nth}", f"{month} {nth}", f"{month} {day.day}", f"{month} {day.day}", f"{day.day} {month}",
             f"the {nth} of {month}", f"{month[:3]} {day.day}", f"{day.day} {month[:3]}", f"{month} {nth}, {day.year}",
-            f"{month} the {nth}", f"{day.month}/{day.day}", f"{day.month}/{day.day}", f"{_weekday(day)}, {month} {nth}",
-            f"{_weekday(day)} {month} {day.day}",
+            f"{month} the {nth}", f"{day.month}/{day.day}", f"{day.month}/{day.day}", f"{day.month}/{day.day}",
+            f"{_weekday(day)}, {month} {nth}", f"{_weekday(day)} {month} {day.day}",
         )  # fmt: skip
         return _Day(self.rng.choice(wordings), day, f"{two_digits(day.day)}, {month} {written(day, self.now)}")
 
@@ -377,14 +377,14 @@ class Wording:
         kind = self.rng.random()
         if kind < 0.08:
             return self._clock_word("noon", "noon" if kind < 0.06 else "midday")
-        if kind < 0.2:
+        if kind < 0.26:
             part = self.rng.choice(tuple(_HOURS))
             spoken = self._spoken(_HOURS[part])
             return spoken._replace(text=f"{spoken.text} in the {part}")
         hour = self.rng.choice((*range(6, 23), 8, 9, 9, 10, 14, 15, 16, 17, 18))
         minutes = self.rng.choice((0, 0, 0, 30, 30, 15, 45, self.rng.randrange(5, 60, 5)))
         value = f"{hour:02d}:{minutes:02d}"
-        if kind < 0.42:
+        if kind < 0.46:
             return _Clock(value if self.rng.random() < 0.5 else value.removeprefix("0"), value, "")
         half = "am" if hour < 12 else "pm"
         number = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
