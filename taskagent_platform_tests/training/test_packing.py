@@ -139,13 +139,10 @@ def test_flex_attention_gets_the_same_mask() -> None:
     assert torch.equal(got, expected)
 
 
-@pytest.fixture(scope="module")
-def model(base_folder: Any) -> Any:
-    _tree_attention.register()
+def with_adapter(base: Any) -> Any:
+    """Returns the base with an adapter whose every matrix gets a gradient."""
     from peft import get_peft_model
 
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
     chosen = {
         "rank": 8,
         "alpha": 8,
@@ -161,6 +158,13 @@ def model(base_folder: Any) -> Any:
     return adapted.train()
 
 
+@pytest.fixture(scope="module")
+def model(base_folder: Any) -> Any:
+    _tree_attention.register()
+    torch.manual_seed(0)
+    return with_adapter(AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager"))
+
+
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
@@ -170,10 +174,10 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def unpacked_loss(model: Any, examples: list[Rendered]) -> torch.Tensor:
     """The loss as a plain trainer computes it: one example a sequence, averaged over all labelled tokens."""
     model.set_attn_implementation("eager")
-    total, count = torch.tensor(0.0), 0
+    total, count = torch.tensor(0.0, device=model.device), 0
     for example in examples:
-        logits = model(torch.tensor([example.input_ids])).logits[0, :-1]
-        labels = torch.tensor(example.labels[1:])
+        logits = model(torch.tensor([example.input_ids], device=model.device)).logits[0, :-1].float()
+        labels = torch.tensor(example.labels[1:], device=model.device)
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         count += int((labels != IGNORED).sum())
     return total / count
@@ -182,7 +186,8 @@ def unpacked_loss(model: Any, examples: list[Rendered]) -> torch.Tensor:
 def packed_loss(model: Any, packs: list[Pack], attention: str = TREE) -> torch.Tensor:
     model.set_attn_implementation(attention)
     batch = PackCollator(packs)([{"index": index} for index in range(len(packs))])
-    return pack_loss(model, batch)
+    on_device = {key: it.to(model.device) if isinstance(it, torch.Tensor) else it for key, it in batch.items()}
+    return pack_loss(model, on_device)
 
 
 def assert_same(model: Any, examples: list[Rendered], loss: Any) -> None:

@@ -5,55 +5,31 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taskagent_platform.training._pack_trainer import DENSE, FLEX, PackCollator, pack_loss
-from taskagent_platform.training._trainer import lora_config
+from taskagent_platform.training._pack_trainer import DENSE, FLEX
 from taskagent_platform.training.packing import pack
-from taskagent_platform.training.template import IGNORED, Rendered
-from taskagent_platform_tests.training.test_packing import BATCHES, BFLOAT16_COSINE, gradients
+from taskagent_platform.training.template import Rendered
+from taskagent_platform_tests.training.test_packing import (
+    BATCHES,
+    BFLOAT16_COSINE,
+    batches,
+    gradients,
+    packed_loss,
+    unpacked_loss,
+    with_adapter,
+)
 
 pytestmark = pytest.mark.gpu
-batches = pytest.mark.parametrize("examples", BATCHES.values(), ids=BATCHES.keys())
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
-    from peft import get_peft_model
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.05,
     )  # fmt: skip
-    chosen = {
-        "rank": 8,
-        "alpha": 8,
-        "dropout": 0.0,
-        "frozen_layers": 0,
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-    }
-    adapted = get_peft_model(LlamaForCausalLM(config), lora_config(chosen, config))
-    for name, weights in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weights, std=0.05)
-    yield adapted.cuda().train()
+    yield with_adapter(LlamaForCausalLM(config)).cuda()
     torch.cuda.empty_cache()
-
-
-def unpacked_loss(model: Any, examples: list[Rendered]) -> torch.Tensor:
-    model.set_attn_implementation("eager")
-    total, count = torch.tensor(0.0, device="cuda"), 0
-    for example in examples:
-        logits = model(torch.tensor([example.input_ids], device="cuda")).logits[0, :-1].float()
-        labels = torch.tensor(example.labels[1:], device="cuda")
-        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        count += int((labels != IGNORED).sum())
-    return total / count
-
-
-def packed_loss(model: Any, examples: list[Rendered], attention: str) -> torch.Tensor:
-    model.set_attn_implementation(attention)
-    batch = PackCollator([pack(examples)])([{"index": 0}])
-    return pack_loss(model, {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
 
 
 @batches
@@ -61,7 +37,7 @@ def packed_loss(model: Any, examples: list[Rendered], attention: str) -> torch.T
 def test_loss_and_gradients_equal_unpacked_training(model: Any, examples: list[Rendered], attention: str) -> None:
     expected_loss = unpacked_loss(model, examples)
     expected = gradients(model, expected_loss)
-    got_loss = packed_loss(model, examples, attention)
+    got_loss = packed_loss(model, [pack(examples)], attention)
     got = gradients(model, got_loss)
     torch.testing.assert_close(got_loss, expected_loss, rtol=1e-4, atol=1e-5)
     for name, gradient in expected.items():
@@ -74,7 +50,7 @@ def test_loss_and_gradients_equal_unpacked_training(model: Any, examples: list[R
 def test_half_the_bits_keep_the_gradients(model: Any, examples: list[Rendered]) -> None:
     expected = gradients(model, unpacked_loss(model, examples))
     with torch.autocast("cuda", torch.bfloat16):
-        loss = packed_loss(model, examples, FLEX)
+        loss = packed_loss(model, [pack(examples)], FLEX)
     got = gradients(model, loss)
     for name, gradient in expected.items():
         assert torch.cosine_similarity(got[name].flatten(), gradient.flatten(), dim=0) > BFLOAT16_COSINE, name
@@ -86,10 +62,10 @@ def test_packs_of_many_lengths_do_not_compile_anew_each_time(model: Any) -> None
 
     examples = BATCHES["longer than a chunk"]
     for number in range(4):
-        gradients(model, packed_loss(model, examples[: number + 1], FLEX))
+        gradients(model, packed_loss(model, [pack(examples[: number + 1])], FLEX))
     before = dict(counters.counters["stats"])
     for number in range(12):
         shorter = [Rendered(one.input_ids[17 * number :], one.labels[17 * number :]) for one in examples]
-        gradients(model, packed_loss(model, shorter, FLEX))
+        gradients(model, packed_loss(model, [pack(shorter)], FLEX))
     after = dict(counters.counters["stats"])
     assert after.get("unique_graphs", 0) - before.get("unique_graphs", 0) <= 1
