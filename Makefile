@@ -61,10 +61,10 @@ stop: ## stop the servers that the project started, and only those
 	@if [ -x $(BIN)/taskagent ]; then $(BIN)/taskagent stop; else echo "Nothing was started: there is no .venv yet."; fi
 
 # The locks name no registry. Wheels for the CPU come from where `make env` takes them; such a place must not offer
-# a CPU build of torch to the GPU lock. `make locks ARGS=--upgrade` takes the newest versions allowed. The extras of the
-# containers and of Kubernetes are small and in both locks, so that the tests of these routes run everywhere.
+# a CPU build of torch to the GPU lock. `make locks ARGS=--upgrade` takes the newest versions allowed. The extras of
+# containers, Kubernetes and Ray are in both locks, so that the tests of these routes run everywhere.
 COMPILE := uv pip compile pyproject.toml --quiet --no-emit-index-url --no-annotate --no-header --python-version 3.11 \
-  --extra dev --extra docker --extra kubernetes --override requirements/overrides.txt $(ARGS)
+  --extra dev --extra docker --extra kubernetes --extra ray --override requirements/overrides.txt $(ARGS)
 locks: ## compile requirements/*.txt from pyproject.toml (needs uv)
 	@command -v uv >/dev/null || { echo "make locks: uv is missing: pip install uv" >&2; exit 1; }
 	@places="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS// /,}}"; \

@@ -72,8 +72,9 @@ def test_an_error_of_several_processes_is_one_sentence(
 def test_two_machines_of_a_ray_cluster(
     base_folder: Path, data: tuple[Path, Path], tmp_path: Path, alone: tuple[Path, Manifest]
 ) -> None:
-    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="the extra ray is not installed")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         cluster.add_node(num_cpus=1)
         settings = settings_with(**TRAINING, processes=2, ray_address=cluster.address)
