@@ -28,7 +28,8 @@ class TaskApiDomain(Domain):
     # The second file of arguments is by an author who saw neither the phrasings nor the first, nor what failed there.
     suites = tuple(_SUITES / f"{name}.json" for name in (*_LISTS, "argument_extraction_2"))
     development_suites = tuple(
-        _SUITES / "development" / f"{name}.json" for name in (*_LISTS, "argument_extraction_2", "multi_tool_chains_2")
+        _SUITES / "development" / f"{name}.json"
+        for name in (*_LISTS, "argument_extraction_2", "multi_tool_chains_2", "requests")
     )
     robustness_suites: tuple[Path, ...] = (_SUITES / "robustness.json",)
 

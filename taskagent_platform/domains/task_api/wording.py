@@ -45,7 +45,7 @@ _NUMBER_WORDS = dict(
 )
 _PAST = {5: "five past", 10: "ten past", 15: "quarter past", 20: "twenty past", 25: "twenty-five past", 30: "half past"}
 _TO = {35: "twenty-five to", 40: "twenty to", 45: "quarter to", 50: "ten to", 55: "five to"}
-_SPOKEN_MINUTES = (0, 0, 15, 30, 30, 45, 45, 10, 20, 40, 50)
+_SPOKEN_MINUTES = (0, 0, 15, 15, 15, 30, 30, 30, 45, 45, 10, 20, 40, 50)
 """Minutes of the times that are written in words; most are those that people round to."""
 _HOURS = {"morning": range(6, 12), "afternoon": range(12, 18), "evening": range(17, 22)}
 """Hours of each part of the day."""
@@ -398,6 +398,8 @@ class Wording:
         number = (shown - 1) % 12 + 1
         name = _NUMBER_WORDS[number] if self.rng.random() < 0.7 else str(number)
         before = (_PAST | _TO).get(minutes)
+        if minutes == 30 and self.rng.random() < 0.25:
+            before = "half"
         article = "a " if minutes in (15, 45) and self.rng.random() < 0.25 else ""
         text = f"{article}{before} {name}" if before else name
         digits = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
