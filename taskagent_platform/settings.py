@@ -252,7 +252,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 1650, "function_calling": 2050, "multi_tool": 2350},
+        "data": {"structured_outputs": 2000, "function_calling": 2300, "multi_tool": 2500},
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 3.2e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
