@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.evaluation.answer import read_answer
 from taskagent_platform.evaluation.lint import lint_suite
 from taskagent_platform.evaluation.report import EvalReport
@@ -160,3 +161,11 @@ def test_the_gold_answers_of_the_recovery_suite_hold() -> None:
     suite = load_suite(domain.suites, domain)
     assert lint_suite(suite, domain) == []
     assert Counter(len(case.calls) for case in suite.cases) == {0: 10, 1: 80, 2: 30, 3: 60}
+
+
+def test_no_gold_answer_of_the_held_out_suite_is_wrong() -> None:
+    domain = find_domain("task_api")
+    suite = load_suite((BENCHMARKS / "held_out_suite.json",), domain)
+    assert not [finding for finding in lint_suite(suite, domain) if finding.is_error]
+    known = load_suite((*domain.suites, *domain.robustness_suites, *domain.development_suites), domain)
+    assert not {case.input.casefold() for case in suite.cases} & {case.input.casefold() for case in known.cases}
