@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from taskagent_platform.data.training_dataset import normal
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.evaluation.answer import read_answer
 from taskagent_platform.evaluation.lint import lint_suite
@@ -168,4 +169,4 @@ def test_no_gold_answer_of_the_held_out_suite_is_wrong() -> None:
     suite = load_suite((BENCHMARKS / "held_out_suite.json",), domain)
     assert not [finding for finding in lint_suite(suite, domain) if finding.is_error]
     known = load_suite((*domain.suites, *domain.robustness_suites, *domain.development_suites), domain)
-    assert not {case.input.casefold() for case in suite.cases} & {case.input.casefold() for case in known.cases}
+    assert not {normal(case.input) for case in suite.cases} & {normal(case.input) for case in known.cases}
