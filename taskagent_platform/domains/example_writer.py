@@ -298,6 +298,10 @@ class ExampleWriter(ABC):
         """Returns the note for an argument that the template writes as a bare word."""
         return ""
 
+    def says(self, text: str, argument: str, literal: str) -> bool:
+        """Returns whether a piece of a request means the argument that the template writes as a bare word."""
+        return False
+
     def _plan(self, turn: Turn) -> str:
         """Returns what the assistant notes down before the first call of a turn.
 
@@ -324,10 +328,17 @@ class ExampleWriter(ABC):
             ]
             said = ", ".join(dict.fromkeys(note for note in notes if note))
             if said or not fields[name].is_required():
-                keys = {piece.key for piece in pieces if isinstance(piece, Slot)}
-                places = (at for at, part in enumerate(request) if isinstance(part, Slot) and part.key in keys)
-                found.append((next(places, -1), said or name))
+                found.append((self._place(name, pieces, request), said or name))
         return ", ".join(dict.fromkeys(text for _, text in sorted(found, key=lambda one: one[0])))
+
+    def _place(self, argument: str, pieces: Sequence[str | Slot], request: Text) -> int:
+        """Returns which part of the request first says an argument's value; -1 if none is known to."""
+        keys = {piece.key for piece in pieces if isinstance(piece, Slot)}
+        words = [piece for piece in pieces if isinstance(piece, str)]
+        for at, part in enumerate(request):
+            if part.key in keys if isinstance(part, Slot) else any(self.says(part, argument, word) for word in words):
+                return at
+        return -1
 
     def _say(self, value: Text) -> str:
         """Returns what the assistant says: slots in the user's words."""

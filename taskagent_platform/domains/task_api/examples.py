@@ -17,6 +17,9 @@ from taskagent_platform.domains.task_api.tools import TOOLS
 from taskagent_platform.domains.task_api.wording import Wording
 
 PHRASINGS = Path(__file__).parent / "phrasings"
+_SAYS_PRIORITY = re.compile(
+    r"urgen|critical|important|priorit|\bprio\b|\b(top|high|low)\b|minor|rush|wait|medium|normal|regular|burning"
+)
 _LOOKS_LIKE_AN_ID = re.compile(r"\S*\d\S*")
 
 
@@ -59,13 +62,17 @@ class TaskApiWriter(ExampleWriter):
 
     def argument(self, name: str, meant: str) -> str:
         """Returns the value; a date that the template writes as a word (``today``) becomes ISO."""
-        return str(day_words(self.now).get(meant, meant)) if name.endswith(("date", "before")) else meant
+        return str(day_words(self.now).get(meant, meant)) if _is_date(name) else meant
 
     def note(self, argument: str, literal: str) -> str:
         """Returns the prompt's line for a date that the template writes as a word."""
         days = day_words(self.now)
-        dated = argument.endswith(("date", "before")) and literal in days
+        dated = _is_date(argument) and literal in days
         return f"{literal} {written(days[literal], self.now)}" if dated else ""
+
+    def says(self, text: str, argument: str, literal: str) -> bool:
+        """Returns whether the text has a word for a priority, or the date itself; a status is said in too many ways."""
+        return bool(_SAYS_PRIORITY.search(text)) if argument == "priority" else _is_date(argument) and literal in text
 
     def state(self, template: Template, *, complete: bool) -> State:
         """Returns a state in which every task and project that the calls name exists, among a few others."""
@@ -147,6 +154,10 @@ class TaskApiWriter(ExampleWriter):
             numbers = (f"{prefix}_{self.rng.randint(1, 400):03d}" for _ in range(100))
             entry = {id_name: next(number for number in numbers if number not in taken), title_name: wanted}
         entries.append(entry)
+
+
+def _is_date(argument: str) -> bool:
+    return argument.endswith(("date", "before"))
 
 
 def _is_found(value: Value) -> bool:
