@@ -76,6 +76,10 @@ class TrainingSettings(_Section):
     frozen_layers: int = Field(
         0, ge=0, description="the lowest layers, which get no adapter: nothing is computed backwards through them"
     )
+    init_lora_weights: Literal["default", "eva"] = Field(
+        "default",
+        description="the adapter's start; default: at random; eva: from the directions in which layers' inputs vary",
+    )
     epochs: float = Field(4, gt=0, le=1000, description="how often every example is seen")
     batch_size: int = Field(2, ge=1, le=1024, description="sequences (or packs) a device computes at once")
     gradient_accumulation: int = Field(4, ge=1, description="batches of one step, those of all processes together")
@@ -108,6 +112,11 @@ class TrainingSettings(_Section):
     def _is_possible(self) -> Self:
         if self.backend == "unsloth" and self.dtype == "float32":
             raise ValueError("training.backend unsloth computes in 16 bit; set training.dtype to bfloat16 or float16.")
+        if self.backend == "unsloth" and self.init_lora_weights == "eva":
+            raise ValueError(
+                "training.init_lora_weights eva reads the inputs of PEFT's layers, which Unsloth's kernels bypass; "
+                "set it to default or training.backend to trl."
+            )
         if self.packing == "prefix" and self.dropout > 0:
             raise ValueError(
                 "training.packing prefix computes shared tokens once and is exact only without dropout; "
@@ -258,6 +267,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
             "epochs": 1, "learning_rate": 3.2e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
             "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
+            "init_lora_weights": "eva",
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},
         "evaluation": {"base_sample": 12, "load_concurrency": 8, "load_requests": 12, "load_seconds": 40},

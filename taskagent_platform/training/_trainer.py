@@ -14,6 +14,7 @@ from trl import SFTConfig
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.training import _tree_attention
 from taskagent_platform.training._checkpoints import CheckpointTrainer, checkpoint_step, checkpoints
+from taskagent_platform.training._eva import start_from_activations
 from taskagent_platform.training._fused import fuse
 from taskagent_platform.training._pack_trainer import PackCollator, PackTrainer, attention_for
 from taskagent_platform.training._progress import Emit, Progress
@@ -67,6 +68,8 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     )
     if device.type == "cpu":
         fuse(trainer.model)
+    if chosen["init_lora_weights"] == "eva" and not checkpoints(Path(spec["checkpoints"])):
+        start_from_activations(trainer, chosen["seed"])
     details = run(trainer, rows, spec, emit)
     return details | {"backend": "trl", "packing": chosen["packing"], "attention": attention}
 

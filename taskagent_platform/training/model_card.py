@@ -7,8 +7,9 @@ from typing import Any
 from taskagent_platform.artifacts import Manifest
 
 _SETTINGS = (
-    "rank", "alpha", "dropout", "frozen_layers", "epochs", "batch_size", "gradient_accumulation", "pack_examples",
-    "learning_rate", "scheduler", "warmup_ratio", "optimizer", "max_length", "dtype", "load_in_4bit", "seed",
+    "rank", "alpha", "dropout", "frozen_layers", "init_lora_weights", "epochs", "batch_size", "gradient_accumulation",
+    "pack_examples", "learning_rate", "scheduler", "warmup_ratio", "optimizer", "max_length", "dtype", "load_in_4bit",
+    "seed",
 )  # fmt: skip
 
 
