@@ -37,9 +37,9 @@ class TaskApiWriter(ExampleWriter):
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
             "get_calendar": 11, "create_project": 6, "no_tool": 18, "missing": 7,
         },
-        "multi_tool": {"chains": 33, "parallel": 31, COMBINED: 29, "corrections": 7},
+        "multi_tool": {"chains": 29, "found": 14, "parallel": 27, COMBINED: 24, "corrections": 6},
     }  # fmt: skip
-    shares_answered = {"single": 0.12, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "corrections": 0.3}
+    shares_answered = {"single": 0.12, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "found": 0.5, "corrections": 0.3}
     shares_missing = {"single": 0.08}
 
     def __init__(self, rng: random.Random, now: datetime) -> None:
