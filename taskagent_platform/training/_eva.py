@@ -49,8 +49,9 @@ def start_from_activations(trainer: Trainer, seed: int) -> None:
     for hook in hooks:
         hook.remove()
     for layer in layers:
-        for weight in (matrix.weight for matrix in layer.lora_A.values()):
+        for matrix in layer.lora_A.values():
+            weight = matrix.weight
             rank, width = weight.shape
             _, _, directions = torch.svd_lowrank(squares[layer], min(rank + _OVERSAMPLING, width), niter=4)
-            top = directions[:, :rank].T.to(weight.dtype)
+            top = directions[:, :rank].T
             weight.data[: len(top)] = top * (weight.norm() / top.norm())
