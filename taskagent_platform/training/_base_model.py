@@ -51,7 +51,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     tokenizer.eos_token = tokens.end_token
     if tokenizer.pad_token is None or tokenizer.pad_token == tokens.end_token:
         tokenizer.pad_token = _padding(tokenizer, tokens)
-    tokenizer.chat_template = template.chat_template(tokens)
+    has_call_tokens = tokenizer.get_vocab().keys() >= set(template.CALL_TOKENS)
+    tokenizer.chat_template = template.chat_template(tokens, template.WORD_START if has_call_tokens else "")
     # Cleaning up spaces is meant for WordPiece and would change what the model said.
     tokenizer.clean_up_tokenization_spaces = False
     model.config.eos_token_id = tokenizer.eos_token_id
@@ -102,13 +103,19 @@ def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, _gguf_tokenizer()
 
 
+def _give_call_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.add_tokens(list(template.CALL_TOKENS))
+    replaced = [decoders.Replace(text, by) for text, by in template.DECODED.items()]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), *replaced])
+
+
 def _add_call_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Adds the tokens of calls, each with the mean of its parts' embeddings at their length.
 
     An adapter trains no embeddings, so they stay as they begin.
     """
     parts = {token: tokenizer.encode(token, add_special_tokens=False) for token in template.CALL_TOKENS}
-    tokenizer.add_tokens(list(parts))
+    _give_call_tokens(tokenizer)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     embeddings = model.get_input_embeddings().weight.data
     for token, pieces in parts.items():
@@ -119,7 +126,7 @@ def _add_call_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _tiny(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = _gguf_tokenizer()
-    tokenizer.add_tokens(list(template.CALL_TOKENS))
+    _give_call_tokens(tokenizer)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         # Heads are 32 wide: vLLM's attention on CPUs takes none of 16 ("Unsupported CPU attention configuration").

@@ -1,7 +1,7 @@
 """The chat template: one token stream for training and for serving.
 
 The same Jinja file renders training examples here and requests in the server; it travels inside the model's folder.
-Only its first line, the control tokens, differs between families of base models.
+Only its first line, what stands around turns and words, differs between base models.
 """
 
 import json
@@ -50,6 +50,16 @@ CALL_TOKENS = (
 A tokenizer that was not made for calls spells two fifths of an answer's tokens on it; as tokens of their own, they cost
 one each, in training and in decoding.
 """
+WORD_START = " "
+"""What the template puts before a word that is to be copied, for a tokenizer that has the tokens of calls.
+
+After a quote, a word is spelled with other tokens than after a space: "tractor" is ``tract`` and ``or``. A small model
+has to learn both spellings of every word to copy a title into a call, and takes a wrong word where it did not. So the
+first word of a message, of a quoted text and of a value follows a space, like all others. What the model says loses
+these spaces again in the tokenizer's decoder; see :data:`DECODED`.
+"""
+DECODED = {f' "{WORD_START}': ' "', f'["{WORD_START}': '["'}
+"""What the decoder of a tokenizer that has the tokens of calls replaces, and by what."""
 
 
 class Rendered(NamedTuple):
@@ -82,11 +92,16 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
     )
 
 
-def chat_template(tokens: ControlTokens = CHATML) -> str:
-    """Returns the Jinja source of the chat template with these control tokens in its first line."""
+def chat_template(tokens: ControlTokens = CHATML, word_start: str = "") -> str:
+    """Returns the Jinja source of the chat template with these control tokens in its first line.
+
+    Args:
+        tokens: what stands around a turn.
+        word_start: ``WORD_START`` for a tokenizer whose decoder knows of it, otherwise empty.
+    """
     _, _, rest = TEMPLATE_FILE.read_text().partition("\n")
-    values = ", ".join("'" + value.replace("\n", "\\n") + "'" for value in tokens)
-    return f"{{%- set document_start, role_start, role_end, turn_end = {values} %}}\n{rest}"
+    values = ", ".join("'" + value.replace("\n", "\\n") + "'" for value in (*tokens, word_start))
+    return f"{{%- set document_start, role_start, role_end, turn_end, word_start = {values} %}}\n{rest}"
 
 
 def prepare_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

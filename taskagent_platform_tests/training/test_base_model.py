@@ -11,14 +11,15 @@ from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform.training.base_model import prepare_base_model, published_model
-from taskagent_platform.training.template import CALL_TOKENS, TEMPLATE_FILE
+from taskagent_platform.training.template import CALL_TOKENS, CHATML, WORD_START, chat_template
 
 
 def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> None:
     manifest = read_manifest(base_folder, kind="base_model", verify=True)
     assert manifest.details["architecture"] == "LlamaForCausalLM"
     assert manifest.details["licence"].startswith("Apache-2.0")
-    assert (base_folder / "chat_template.jinja").read_text() == TEMPLATE_FILE.read_text() == tokenizer.chat_template
+    assert (base_folder / "chat_template.jinja").read_text() == tokenizer.chat_template
+    assert tokenizer.chat_template == chat_template(CHATML, WORD_START)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.pad_token not in (None, "<|im_end|>")
     generation = json.loads((base_folder / "generation_config.json").read_text())
@@ -45,7 +46,8 @@ def test_smollm2_gets_tokens_that_mean_what_their_parts_mean_and_stands_beside_a
     own, published = (AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings() for folder in folders)
     assert own.num_embeddings == len(tokenizer) == len(plain) + len(CALL_TOKENS)
     assert torch.equal(own.weight[: len(plain)], published.weight)
-    assert plain.chat_template == tokenizer.chat_template
+    assert plain.chat_template == chat_template(CHATML)
+    assert tokenizer.chat_template == chat_template(CHATML, WORD_START)
     for token in CALL_TOKENS:
         [new] = tokenizer.encode(token, add_special_tokens=False)
         parts = published.weight[plain.encode(token, add_special_tokens=False)].detach()

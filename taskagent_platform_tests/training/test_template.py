@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.training import template
 from taskagent_platform.training.template import (
     CALL_TOKENS,
     CHATML,
@@ -37,9 +38,9 @@ def test_the_text_is_this(tokenizer: Any) -> None:
     )
     assert text.endswith(
         "}}</tool_call>\n\nYou control lamps.\n\ntoday 2024-01-15<|im_end|>\n"
-        "<|im_start|>user\non<|im_end|>\n"
+        "<|im_start|>user\n on<|im_end|>\n"
         "<|im_start|>assistant\n"
-        '<tool_call>{"name": "set_light", "arguments": {"room": "hall", "level": 5}}</tool_call>'
+        '<tool_call>{"name": "set_light", "arguments": {"room": " hall", "level": 5}}</tool_call>'
         '<tool_call>{"name": "list_lights", "arguments": {}}</tool_call><|im_end|>\n'
         '<|im_start|>tool\n{"ok": true}<|im_end|>\n'
         "<|im_start|>assistant\nDone.<|im_end|>\n"
@@ -47,7 +48,7 @@ def test_the_text_is_this(tokenizer: Any) -> None:
 
 
 def test_what_stands_around_the_names_and_values_of_a_call_is_one_token_each(tokenizer: Any) -> None:
-    message = conversations.calls(("set_light", {"room": "the büro", "tags": ["a b", "c"]}), ("list_lights", {}))
+    message = conversations.calls(("set_light", {"room": "the büro", "tags": ["1 b", "c"]}), ("list_lights", {}))
     text = render_text([conversations.user("on"), message], TOOLS, tokenizer).rpartition("assistant\n")[2]
     ids = tokenizer.encode(text, add_special_tokens=False)
     tokens = [tokenizer.decode([one]) for one in ids]
@@ -55,7 +56,53 @@ def test_what_stands_around_the_names_and_values_of_a_call_is_one_token_each(tok
         '<tool_call>{"name": "', '", "arguments": {', '": "', '", "', '": ["', '", "', "}}</tool_call>",
         '<tool_call>{"name": "', '", "arguments": {', "}}</tool_call>",
     ]  # fmt: skip
-    assert tokenizer.decode(ids) == text, "spaces and letters beyond ASCII survive beside them"
+    assert tokenizer.decode(ids) == (
+        '<tool_call>{"name": "set_light", "arguments": {"room": "the büro", "tags": ["1 b", "c"]}}</tool_call>'
+        '<tool_call>{"name": "list_lights", "arguments": {}}</tool_call><|im_end|>\n'
+    ), "spaces and letters beyond ASCII survive beside them"
+
+
+@pytest.mark.parametrize(
+    "request_", ["tractor lights red", "'tractor' in red", 'red in "tractor", please', "the tractor red"]
+)
+def test_a_word_is_copied_with_the_tokens_it_is_asked_with(request_: str, tokenizer: Any) -> None:
+    arguments = {"room": "tractor", "color": "red", "until": "7pm", "tags": ["tractor"]}
+    messages = [conversations.user(request_), conversations.calls(("set_light", arguments))]
+    messages += [
+        conversations.result({"room": "tractor", "tags": ["tractor"]}),
+        conversations.says('The "tractor" is on.'),
+    ]
+    ids = render(messages, TOOLS, tokenizer).input_ids
+    tokens = [tokenizer.decode([one]) for one in ids]
+    assert tokens.count(" tractor") == 6
+    assert "tract" not in tokens
+    assert 'assistant\nThe "tractor" is on.<' in tokenizer.decode(ids)
+    values = {tokens[i + 1] for i, token in enumerate(tokens) if token == '": "'}
+    assert values == {" tractor", "red", "7"}, "a server's grammar takes a choice from its first letter on"
+
+
+def test_a_base_model_without_tokens_of_calls_sees_text_as_it_is(tokenizer: Any) -> None:
+    messages = [conversations.user("'a' b"), conversations.calls(("set_light", {"room": "hall", "level": 5}))]
+    text = tokenizer.apply_chat_template(
+        [messages[0], template.prepare_messages(messages)[1], conversations.result({"room": "hall"})],
+        tools=TOOLS,
+        chat_template=chat_template(CHATML),
+        tokenize=False,
+    )
+    assert "user\n'a' b<" in text
+    assert '{"room": "hall", "level": 5}' in text
+    assert '{"room": "hall"}' in text
+
+
+def test_the_decoder_follows_a_stream(tokenizer: Any) -> None:
+    from tokenizers.decoders import DecodeStream
+
+    text = '<tool_call>{"name": "add_lamp", "arguments": {"room": " früh dran", "tags": [" a b", " c"]}}</tool_call>'
+    stream = DecodeStream(skip_special_tokens=True)
+    pieces = [stream.step(tokenizer.backend_tokenizer, one) for one in tokenizer.encode(text)]
+    assert "".join(piece for piece in pieces if piece) == (
+        '<tool_call>{"name": "add_lamp", "arguments": {"room": "früh dran", "tags": ["a b", "c"]}}</tool_call>'
+    )
 
 
 def test_static_text_comes_before_what_changes(tokenizer: Any) -> None:
@@ -105,7 +152,8 @@ def test_data_never_becomes_a_control_token(messages: list[dict[str, Any]], toke
 
 
 def test_calls_survive_the_way_to_the_client_and_back(tokenizer: Any) -> None:
-    text = render_text(KINDS["unicode and quotes"], TOOLS, tokenizer)
+    ids = render(KINDS["unicode and quotes"], TOOLS, tokenizer).input_ids
+    text = tokenizer.decode(ids)
     call = json.loads(text.rpartition("<tool_call>")[2].partition("</tool_call>")[0])
     assert call == {"name": "add_lamp", "arguments": {"room": 'früh "🌅"', "name": "a\\b\n"}}
 
