@@ -35,7 +35,7 @@ class TaskApiWriter(ExampleWriter):
         },
         "function_calling": {
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
-            "get_calendar": 11, "create_project": 6, "no_tool": 18, "missing": 7,
+            "get_calendar": 11, "create_project": 6, "no_tool": 18, "missing": 11,
         },
         "multi_tool": {"chains": 29, "found": 14, "parallel": 27, COMBINED: 24, "corrections": 6},
     }  # fmt: skip
