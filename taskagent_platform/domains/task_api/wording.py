@@ -45,7 +45,7 @@ _NUMBER_WORDS = dict(
 )
 _PAST = {5: "five past", 10: "ten past", 15: "quarter past", 20: "twenty past", 25: "twenty-five past", 30: "half past"}
 _TO = {35: "twenty-five to", 40: "twenty to", 45: "quarter to", 50: "ten to", 55: "five to"}
-_SPOKEN_MINUTES = (0, 0, 15, 30, 30, 45, 45, 10, 20, 40, 50)
+_SPOKEN_MINUTES = (0, 0, 0, 15, 15, 15, 30, 30, 30, 45, 45, 10, 20, 40, 50)
 """Minutes of the times that are written in words; most are those that people round to."""
 _HOURS = {"morning": range(6, 12), "afternoon": range(12, 18), "evening": range(17, 22)}
 """Hours of each part of the day."""
@@ -377,14 +377,14 @@ class Wording:
         kind = self.rng.random()
         if kind < 0.08:
             return self._clock_word("noon", "noon" if kind < 0.06 else "midday")
-        if kind < 0.2:
+        if kind < 0.28:
             part = self.rng.choice(tuple(_HOURS))
             spoken = self._spoken(_HOURS[part])
             return spoken._replace(text=f"{spoken.text} in the {part}")
         hour = self.rng.choice((*range(6, 23), 8, 9, 9, 10, 14, 15, 16, 17, 18))
         minutes = self.rng.choice((0, 0, 0, 30, 30, 15, 45, self.rng.randrange(5, 60, 5)))
         value = f"{hour:02d}:{minutes:02d}"
-        if kind < 0.42:
+        if kind < 0.48:
             return _Clock(value if self.rng.random() < 0.5 else value.removeprefix("0"), value, "")
         half = "am" if hour < 12 else "pm"
         number = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
@@ -398,6 +398,8 @@ class Wording:
         number = (shown - 1) % 12 + 1
         name = _NUMBER_WORDS[number] if self.rng.random() < 0.7 else str(number)
         before = (_PAST | _TO).get(minutes)
+        if minutes == 30 and self.rng.random() < 0.2:
+            before = "half"
         article = "a " if minutes in (15, 45) and self.rng.random() < 0.25 else ""
         text = f"{article}{before} {name}" if before else name
         digits = str((hour - 1) % 12 + 1) + (f":{minutes:02d}" if minutes else "")
@@ -448,7 +450,7 @@ class Wording:
             clock = self._clock_word(part, part)
             found = self._named_day()
             return found.at(self._day_part(found, part), clock)
-        if kind < 0.52:
+        if kind < 0.56:
             return self._moment_of_part()
         found = self._single_day()
         if kind > 0.95:
