@@ -104,9 +104,11 @@ def _smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _give_call_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds the tokens of calls to a tokenizer, and to its decoder what the template's ``WORD_START`` needs."""
     tokenizer.add_tokens(list(template.CALL_TOKENS))
     replaced = [decoders.Replace(text, by) for text, by in template.DECODED.items()]
-    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), *replaced])
+    backend = tokenizer.backend_tokenizer
+    backend.decoder = decoders.Sequence([backend.decoder, *replaced])
 
 
 def _add_call_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.training import template
 from taskagent_platform.training.template import (
     CALL_TOKENS,
     CHATML,
@@ -14,6 +13,7 @@ from taskagent_platform.training.template import (
     TEMPLATE_FILE,
     chat_template,
     control_tokens,
+    prepare_messages,
     render,
     render_text,
 )
@@ -84,7 +84,7 @@ def test_a_word_is_copied_with_the_tokens_it_is_asked_with(request_: str, tokeni
 def test_a_base_model_without_tokens_of_calls_sees_text_as_it_is(tokenizer: Any) -> None:
     messages = [conversations.user("'a' b"), conversations.calls(("set_light", {"room": "hall", "level": 5}))]
     text = tokenizer.apply_chat_template(
-        [messages[0], template.prepare_messages(messages)[1], conversations.result({"room": "hall"})],
+        [messages[0], prepare_messages(messages)[1], conversations.result({"room": "hall"})],
         tools=TOOLS,
         chat_template=chat_template(CHATML),
         tokenize=False,
