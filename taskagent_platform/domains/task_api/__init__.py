@@ -29,7 +29,7 @@ class TaskApiDomain(Domain):
     suites = tuple(_SUITES / f"{name}.json" for name in (*_LISTS, "argument_extraction_2"))
     development_suites = tuple(
         _SUITES / "development" / f"{name}.json"
-        for name in (*_LISTS, "argument_extraction_2", "multi_tool_chains_2", "requests", "requests_2")
+        for name in (*_LISTS, "argument_extraction_2", "multi_tool_chains_2", "requests", "requests_2", "requests_3")
     )
     robustness_suites: tuple[Path, ...] = (_SUITES / "robustness.json",)
 

@@ -118,6 +118,7 @@ class Wording:
             "name": lambda: self._fresh("names"),
             "tag": lambda: self._fresh("tags"),
             "desc": lambda: self._fresh("descriptions"),
+            "event": self._event,
             "id": self._task_id,
             "task": self._task,
             "proj": self._project,
@@ -194,6 +195,12 @@ class Wording:
             return Filled(self.rng.choice(wordings).format(noun), noun)
         value = self._label().value if self.rng.random() < 0.6 else self._fresh("titles").value
         return Filled(f'"{value}"', value)
+
+    def _event(self) -> Filled:
+        """Draws an event as people name it; its value is the calendar's title."""
+        title = self._fresh("events").value
+        text = title if self.rng.random() < 0.5 else title.lower()
+        return Filled(self.rng.choice(("{}", "{}", "the {}", "the {}", "my {}")).format(text), title)
 
     def _project(self) -> Filled:
         kind = self.rng.random()
