@@ -5,10 +5,10 @@ A line reads ``request => calls``, for instance::
     add {title} to my list, due {date} => create_task(title={title}, due_date={date})
 
 Calls are joined by ``&`` (made in the same turn) or ``;`` (made after the earlier results). A value is a slot, a
-bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``, or
+bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``,
 ``@1.tasks.task_id`` of the only entry of a list, ``@1.events{event}.starts_at`` of the entry that a slot's value
-names, ``@1.tasks*.task_id`` for a call that is made for every entry. ``"text"`` instead of calls is an answer without a tool. ``||``
-separates the turns of a longer conversation.
+names, or ``@1.tasks*.task_id`` for a call that is made for every entry. ``"text"`` instead of calls is an answer
+without a tool. ``||`` separates the turns of a longer conversation.
 """
 
 import re

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taskagent_platform.domains.example_writer import COMBINED, Done, ExampleWriter, Filled
-from taskagent_platform.domains.phrasing import Result, Slot, Template, Value
+from taskagent_platform.domains.phrasing import Result, Slot, Template
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
 from taskagent_platform.domains.task_api.date_words import day_words, minute, written
@@ -38,9 +38,14 @@ class TaskApiWriter(ExampleWriter):
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
             "get_calendar": 11, "create_project": 6, "no_tool": 18, "missing": 11,
         },
-        "multi_tool": {"chains": 29, "found": 14, "parallel": 27, COMBINED: 24, "corrections": 6},
+        "multi_tool": {
+            "chains": 27, "found": 12, "each": 9, "looked_up": 9, "parallel": 27, COMBINED: 22, "corrections": 6,
+        },
     }  # fmt: skip
-    shares_answered = {"single": 0.12, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "found": 0.5, "corrections": 0.3}
+    shares_answered = {
+        "single": 0.12, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "found": 0.5, "each": 0.25, "looked_up": 0.3,
+        "corrections": 0.3,
+    }  # fmt: skip
     shares_missing = {"single": 0.08}
 
     def __init__(self, rng: random.Random, now: datetime) -> None:
@@ -174,6 +179,9 @@ class TaskApiWriter(ExampleWriter):
             if dated or (count > 1 and self.rng.random() < 0.6):
                 tasks[-1]["due_date"] = str(self.now.date() + timedelta(days=self.rng.randint(1, 30)))
             _match(tasks[-1], filters, projects)
+            if count > 1 and "due_before" in filters:
+                due = date.fromisoformat(filters["due_before"]) - timedelta(days=self.rng.choice((0, 0, 1, 2, 5)))
+                tasks[-1]["due_date"] = str(due)
         self.rng.shuffle(tasks)
 
     def _mention(
