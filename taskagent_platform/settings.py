@@ -261,7 +261,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 1800, "function_calling": 2100, "multi_tool": 2350},
+        "data": {"structured_outputs": 1940, "function_calling": 2230, "multi_tool": 2430},
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 2.4e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,

@@ -215,24 +215,18 @@ class ExampleWriter(ABC):
         """Returns an argument's value from what the template says of it."""
         return meant
 
-    def arguments(self, call: CallTemplate, entry: int = 0) -> dict[str, Any]:
-        """Returns the call's arguments in the schema's order, for one entry of what an earlier call listed."""
+    def arguments(self, call: CallTemplate) -> dict[str, Any]:
+        """Returns the call's arguments in the schema's order."""
         written: dict[str, Any] = {}
         for name, value in call.arguments.items():
             if isinstance(value, Result):
-                named = self.mean((value.named,)) if value.named else None
-                written[name] = self.argument(name, value.of(self.results, entry if value.each else 0, named))
+                written[name] = value.of(self.results)
             elif isinstance(value, list):
                 written[name] = [self.mean(item) for item in value]
             else:
                 written[name] = self.argument(name, self.mean(value))
         tool = next(tool for tool in self.tools if tool.name == call.tool)
         return {name: written[name] for name in tool.arguments.model_fields if name in written}
-
-    def _times(self, call: CallTemplate) -> int:
-        """Returns how often a call is made: once, or for each entry of what an earlier call listed."""
-        lists = (value for value in call.arguments.values() if isinstance(value, Result) and value.each)
-        return next((value.entries(self.results) for value in lists), 1)
 
     def mean(self, value: Text) -> str:
         """Returns what a text of the calls' side means: the values of its slots."""
@@ -278,7 +272,7 @@ class ExampleWriter(ABC):
             return
         done: list[Done] = []
         for number, step in enumerate(turn.steps):
-            calls = [(call.tool, self.arguments(call, entry)) for call in step for entry in range(self._times(call))]
+            calls = [(call.tool, self.arguments(call)) for call in step]
             ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
             yield {
                 "role": "assistant",
@@ -312,17 +306,13 @@ class ExampleWriter(ABC):
         """Returns what the assistant notes down before the first call of a turn.
 
         For each call, the optional arguments that were mentioned, in the order of the request, each by what has to be
-        looked up for it or by its name; several calls are told apart by their tools, steps by ``then``, and a call
-        for every entry of a list has ``each`` before it. Deciding
+        looked up for it or by its name; several calls are told apart by their tools, and steps by ``then``. Deciding
         what a call needs while reading the request is easier for a small model than remembering it at each argument.
         """
         if len(turn.steps) == 1 and len(turn.steps[0]) == 1:
             return self._mentions(turn.steps[0][0], turn.request)
         return " then ".join(
-            "; ".join(
-                f"{'each ' * _is_for_each(call)}{call.tool} {self._mentions(call, turn.request)}".rstrip()
-                for call in step
-            )
+            "; ".join(f"{call.tool} {self._mentions(call, turn.request)}".rstrip() for call in step)
             for step in turn.steps
         )
 
@@ -519,10 +509,6 @@ def _lettered_value(value: Value, letter: str) -> Value:
     if isinstance(value, list):
         return [tuple(_lettered(piece, letter) for piece in item) for item in value]
     return value if isinstance(value, Result) else tuple(_lettered(piece, letter) for piece in value)
-
-
-def _is_for_each(call: CallTemplate) -> bool:
-    return any(isinstance(value, Result) and value.each for value in call.arguments.values())
 
 
 def _is_rich(template: Template) -> bool:
