@@ -1,9 +1,11 @@
-"""LoRA, norm and activation of a Llama with fewer passes over memory; in float32 exactly the same function.
+"""LoRA, norm, activation and loss of a Llama with fewer passes over memory; in float32 exactly the same function.
 
 On a CPU a step is bound by matrix products and, for the rest, by memory. PEFT's LoRA layer writes its own product, a
 scaled copy and the sum; here both products accumulate in place into the base layer's output. RMSNorm and the gated
-activation keep what their backward pass needs and nothing else. A base model in bfloat16 is computed in bfloat16, with
-float32 where a norm sums and for the adapter's weights and gradients.
+activation keep what their backward pass needs and nothing else. After the last layer's attention, only positions that
+are asked for something are computed further, and the cross entropy makes its gradient a few positions at a time. A
+base model in bfloat16 is computed in bfloat16, with float32 where a norm or a softmax sums and for the adapter's
+weights and gradients.
 """
 
 from types import MethodType
@@ -12,7 +14,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
+
+_ROWS = 32
+"""Positions whose logits are in float32 at a time: they stay in the cache."""
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -78,8 +83,43 @@ class _GatedSilu(torch.autograd.Function):
         return grad_gate, torch.nn.functional.silu(gate).mul_(grad)
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """``sum(logsumexp(logits) - logits[label])``, with its gradient made on the way and kept as the logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        total = logits.new_zeros((), dtype=torch.float32)
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(labels), _ROWS):
+            rows = slice(start, start + _ROWS)
+            chosen = labels[rows].unsqueeze(-1)
+            chances = torch.log_softmax(logits[rows], -1, dtype=torch.float32)
+            total -= chances.gather(-1, chosen).sum()
+            if grad is not None:
+                chances.exp_()
+                grad[rows] = chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1))
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * grads[0], None
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy of ``logits`` (``[positions, vocabulary]``) and ``labels`` (``[positions]``), summed.
+
+    The softmax is in float32, a few positions at a time, so that no copy of all logits is made in float32.
+    """
+    total: Tensor = _CrossEntropy.apply(logits, labels)
+    return total
+
+
 def fuse(model: torch.nn.Module) -> int:
     """Gives a PEFT model's LoRA layers, norms and feed-forward blocks the leaner forward; returns how many it changed.
+
+    The last decoder layer computes its feed-forward block at ``label_positions`` only, where the model is given them.
 
     Layers that are not plain LoRA without dropout, with the adapter in float32, keep their own.
     """
@@ -91,6 +131,9 @@ def fuse(model: torch.nn.Module) -> int:
             module.forward = MethodType(_norm_forward, module)
         elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
             module.forward = MethodType(_feed_forward, module)
+        elif isinstance(module, LlamaModel):
+            last = module.layers[-1]
+            last.forward = MethodType(_last_layer_forward, last)
         else:
             continue
         changed += 1
@@ -128,3 +171,16 @@ def _norm_forward(self: LlamaRMSNorm, x: Tensor) -> Tensor:
 def _feed_forward(self: LlamaMLP, x: Tensor) -> Tensor:
     output: Tensor = self.down_proj(_GatedSilu.apply(self.gate_proj(x), self.up_proj(x)))
     return output
+
+
+def _last_layer_forward(
+    self: LlamaDecoderLayer, hidden_states: Tensor, *, label_positions: Tensor | None = None, **more: Any
+) -> Tensor:
+    if label_positions is None:
+        return type(self).forward(self, hidden_states, **more)
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
+    hidden = hidden_states + attended
+    # A token that several examples share can have several labels.
+    asked = label_positions.unique()
+    rows = hidden[:, asked]
+    return hidden.index_copy(1, asked, rows + self.mlp(self.post_attention_layernorm(rows)))

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from taskagent_platform.training._checkpoints import CheckpointTrainer
+from taskagent_platform.training._fused import summed_cross_entropy
 from taskagent_platform.training._tree_attention import TREE, Tree, tree_block_mask, tree_mask
 from taskagent_platform.training.packing import Pack, join
 
@@ -67,19 +68,19 @@ def pack_loss(model: torch.nn.Module, inputs: dict[str, Any], label_count: Tenso
         label_count: divides the summed loss; the pack's own number of labels if None.
     """
     tree, device = inputs["tree"], inputs["input_ids"].device
-    attention: dict[str, Any] = {"tree": tree}
+    more: dict[str, Any] = {"tree": tree, "label_positions": inputs["label_positions"]}
     config = (model.module if isinstance(model, DistributedDataParallel) else model).config
     if (implementation := config._attn_implementation) == FLEX:
-        attention = {"attention_mask": tree_block_mask(tree.nodes, device)}
+        more = {"attention_mask": tree_block_mask(tree.nodes, device)}
     elif implementation != TREE:
-        attention = {"attention_mask": tree_mask(tree.nodes, device)}
+        more = {"attention_mask": tree_mask(tree.nodes, device)}
     logits = model(
         input_ids=inputs["input_ids"],
         position_ids=inputs["position_ids"],
         logits_to_keep=inputs["label_positions"],
         use_cache=False,
-        **attention,
+        **more,
     ).logits.squeeze(0)
     labels = inputs["labels"]
-    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    loss = summed_cross_entropy(logits, labels)
     return loss / (len(labels) if label_count is None else label_count)

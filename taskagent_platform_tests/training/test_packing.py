@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from taskagent_platform.training import _tree_attention
-from taskagent_platform.training._fused import fuse
+from taskagent_platform.training._fused import fuse, summed_cross_entropy
 from taskagent_platform.training._pack_trainer import DENSE, PackCollator, pack_loss
 from taskagent_platform.training._trainer import lora_config
 from taskagent_platform.training._tree_attention import CHUNK, TREE, Tree, tree_block_mask, tree_mask
@@ -239,6 +239,36 @@ def test_fused_layers_are_the_same_function(base_folder: Any, model: Any, exampl
     torch.testing.assert_close(got_loss, expected_loss, rtol=1e-5, atol=1e-6)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_the_last_block_computes_labelled_positions_only(model: Any) -> None:
+    import copy
+
+    fused = copy.deepcopy(model)
+    fuse(fused)
+    rows: list[int] = []
+    layers = fused.get_base_model().model.layers
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda _, arguments: rows.append(arguments[0].shape[1]))
+    item = pack(nested())
+    packed_loss(fused, [item])
+    assert rows == [*[len(item.input_ids)] * (len(layers) - 1), len(set(item.label_positions))]
+    assert rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("positions", [1, 32, 70])
+def test_cross_entropy_a_few_positions_at_a_time_is_torchs_own(positions: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(positions, 50, requires_grad=True)
+    labels = torch.randint(50, (positions,))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(expected / 7, logits)
+    got = summed_cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(got / 7, logits)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(summed_cross_entropy(logits, labels), expected)
 
 
 @batches
