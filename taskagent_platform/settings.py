@@ -261,12 +261,12 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "ports": {"dagster": 3230, "mlflow": 5230},
     },
     "cpu": {
-        "data": {"structured_outputs": 1940, "function_calling": 2230, "multi_tool": 2430},
+        "data": {"structured_outputs": 1820, "function_calling": 2110, "multi_tool": 2370},
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 2.4e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
-            "scheduler": "cosine", "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
+            "scheduler": "linear", "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
             "init_lora_weights": "eva",
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},

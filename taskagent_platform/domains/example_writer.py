@@ -86,7 +86,8 @@ class ExampleWriter(ABC):
             tool is two kinds, its calls with one argument (or none), and with ``+`` those with more. The kind
             ``COMBINED`` joins short requests of the tools' files.
         shares_answered: for each kind, how many examples go on from the last call to its result and the final
-            answer; ``single`` stands for every example of one turn and at most one call.
+            answer; ``single`` stands for every example of one turn and at most one call, unless the call's tool has
+            a share of its own.
         shares_missing: for each kind, how many examples name something that does not exist.
         rng: the source of all choices.
         now: when the conversation takes place.
@@ -215,18 +216,24 @@ class ExampleWriter(ABC):
         """Returns an argument's value from what the template says of it."""
         return meant
 
-    def arguments(self, call: CallTemplate) -> dict[str, Any]:
-        """Returns the call's arguments in the schema's order."""
+    def arguments(self, call: CallTemplate, entry: int = 0) -> dict[str, Any]:
+        """Returns the call's arguments in the schema's order, for one entry of what an earlier call listed."""
         written: dict[str, Any] = {}
         for name, value in call.arguments.items():
             if isinstance(value, Result):
-                written[name] = value.of(self.results)
+                named = self.mean((value.named,)) if value.named else None
+                written[name] = self.argument(name, value.of(self.results, entry if value.each else 0, named))
             elif isinstance(value, list):
                 written[name] = [self.mean(item) for item in value]
             else:
                 written[name] = self.argument(name, self.mean(value))
         tool = next(tool for tool in self.tools if tool.name == call.tool)
         return {name: written[name] for name in tool.arguments.model_fields if name in written}
+
+    def _times(self, call: CallTemplate) -> int:
+        """Returns how often a call is made: once, or for each entry of what an earlier call listed."""
+        lists = (value for value in call.arguments.values() if isinstance(value, Result) and value.each)
+        return next((value.entries(self.results) for value in lists), 1)
 
     def mean(self, value: Text) -> str:
         """Returns what a text of the calls' side means: the values of its slots."""
@@ -247,7 +254,9 @@ class ExampleWriter(ABC):
                 if isinstance(slot, Slot) and slot.key not in self.filled:
                     self.filled[slot.key] = self._cased(self.fill(slot))
         form = "single" if len(template.calls) <= 1 and len(template.turns) == 1 else kind
-        answered = self.rng.random() < self.shares_answered[form]
+        shares = self.shares_answered
+        own = template.calls[0].tool if form == "single" and template.calls else form
+        answered = self.rng.random() < shares.get(own, shares[form])
         missing = form in self.shares_missing and self.rng.random() < self.shares_missing[form]
         backend = self.backend(self.state(template, complete=not missing))
         start = backend.snapshot()
@@ -272,7 +281,7 @@ class ExampleWriter(ABC):
             return
         done: list[Done] = []
         for number, step in enumerate(turn.steps):
-            calls = [(call.tool, self.arguments(call)) for call in step]
+            calls = [(call.tool, self.arguments(call, entry)) for call in step for entry in range(self._times(call))]
             ids = [f"call_{len(self.results) + place}" for place in range(1, len(calls) + 1)]
             yield {
                 "role": "assistant",
@@ -306,13 +315,17 @@ class ExampleWriter(ABC):
         """Returns what the assistant notes down before the first call of a turn.
 
         For each call, the optional arguments that were mentioned, in the order of the request, each by what has to be
-        looked up for it or by its name; several calls are told apart by their tools, and steps by ``then``. Deciding
+        looked up for it or by its name; several calls are told apart by their tools, steps by ``then``, and a call
+        for every entry of a list has ``each`` before it. Deciding
         what a call needs while reading the request is easier for a small model than remembering it at each argument.
         """
         if len(turn.steps) == 1 and len(turn.steps[0]) == 1:
             return self._mentions(turn.steps[0][0], turn.request)
         return " then ".join(
-            "; ".join(f"{call.tool} {self._mentions(call, turn.request)}".rstrip() for call in step)
+            "; ".join(
+                f"{'each ' * _is_for_each(call)}{call.tool} {self._mentions(call, turn.request)}".rstrip()
+                for call in step
+            )
             for step in turn.steps
         )
 
@@ -509,6 +522,10 @@ def _lettered_value(value: Value, letter: str) -> Value:
     if isinstance(value, list):
         return [tuple(_lettered(piece, letter) for piece in item) for item in value]
     return value if isinstance(value, Result) else tuple(_lettered(piece, letter) for piece in value)
+
+
+def _is_for_each(call: CallTemplate) -> bool:
+    return any(isinstance(value, Result) and value.each for value in call.arguments.values())
 
 
 def _is_rich(template: Template) -> bool:

@@ -5,9 +5,10 @@ A line reads ``request => calls``, for instance::
     add {title} to my list, due {date} => create_task(title={title}, due_date={date})
 
 Calls are joined by ``&`` (made in the same turn) or ``;`` (made after the earlier results). A value is a slot, a
-bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``, or
-``@1.tasks.task_id`` of the only entry of a list. ``"text"`` instead of calls is an answer without a tool. ``||``
-separates the turns of a longer conversation.
+bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``,
+``@1.tasks.task_id`` of the only entry of a list, ``@1.events{event}.starts_at`` of the entry that a slot's value
+names, or ``@1.tasks*.task_id`` for a call that is made for every entry. ``"text"`` instead of calls is an answer
+without a tool. ``||`` separates the turns of a longer conversation.
 """
 
 import re
@@ -20,7 +21,7 @@ from taskagent_platform.errors import PlatformError
 
 _SLOT = re.compile(r"\{([A-Za-z]+)(\d?)((?:\.[a-z]+)?)\}")
 _CALL = re.compile(r"([a-z_]+)\((.*)\)", re.DOTALL)
-_RESULT = re.compile(r"@(\d)\.([a-z_.]+)")
+_RESULT = re.compile(r"@(\d)\.([a-z_]+)(?:(\*|\{[A-Za-z]+\d?\})?\.([a-z_]+))?")
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,31 @@ class Slot:
 class Result:
     """The value of a field in the result of an earlier call, counted from 1 over the whole conversation.
 
-    ``tasks.task_id`` is the field ``task_id`` of the first entry of the list ``tasks``.
+    ``tasks.task_id`` is the field ``task_id`` of one entry of the list ``tasks``: of the first, or of the one that
+    the value of the slot ``named`` stands in. With ``each`` the call is made once for every entry.
     """
 
     call: int
     field: str
+    each: bool = False
+    named: Slot | None = None
 
-    def of(self, results: Sequence[dict[str, Any]]) -> Any:
-        """Returns the value. Raises LookupError if there is no such field, or its list is empty."""
+    def entries(self, results: Sequence[dict[str, Any]]) -> int:
+        """Returns how many entries the list has."""
+        return len(results[self.call - 1][self.field.partition(".")[0]])
+
+    def of(self, results: Sequence[dict[str, Any]], entry: int = 0, named: str | None = None) -> Any:
+        """Returns the value, of the given entry or of the one in which ``named`` stands.
+
+        Raises:
+            LookupError: there is no such field or entry.
+        """
         value: Any = results[self.call - 1]
         for name in self.field.split("."):
-            value = (value[0] if isinstance(value, list) else value)[name]
+            if isinstance(value, list):
+                found = value if named is None else [one for one in value if named in one.values()]
+                value = found[entry]
+            value = value[name]
         return value
 
 
@@ -164,7 +179,9 @@ def _value(source: str) -> Value:
     if source.startswith("["):
         return [text(item.strip('"')) for item in _split(source[1:-1], ",")]
     if match := _RESULT.fullmatch(source):
-        return Result(int(match[1]), match[2])
+        call, outer, which, inner = match.groups()
+        named = next((piece for piece in text(which or "") if isinstance(piece, Slot)), None)
+        return Result(int(call), f"{outer}.{inner}" if inner else outer, which == "*", named)
     return text(source[1:-1] if source[:1] == source[-1:] == '"' else source)
 
 
@@ -184,6 +201,9 @@ def _split(source: str, separator: str) -> list[str]:
 def _slots(turn: Turn) -> Iterator[Slot]:
     for call in (call for step in turn.steps for call in step):
         for value in call.arguments.values():
-            texts = value if isinstance(value, list) else [] if isinstance(value, Result) else [value]
+            if isinstance(value, Result):
+                yield from [value.named] if value.named else []
+                continue
+            texts = value if isinstance(value, list) else [value]
             yield from (piece for part in texts for piece in part if isinstance(piece, Slot))
     yield from (piece for piece in turn.answer or () if isinstance(piece, Slot))

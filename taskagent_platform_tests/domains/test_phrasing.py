@@ -40,6 +40,24 @@ def test_a_result_may_be_the_first_entry_of_a_list():
         Result(2, "tasks.task_id").of(results)
 
 
+def test_a_result_may_be_the_entry_that_a_slot_names_or_every_entry(tmp_path):
+    line = "when is {event}? list {tag} => one(day=@1.events{event}.starts_at) ; two(id=@2.tasks*.task_id)"
+    (template,) = _read(tmp_path, line)
+    named, each = (value for call in template.calls for value in call.arguments.values())
+    assert named == Result(1, "events.starts_at", named=Slot("event"))
+    assert each == Result(2, "tasks.task_id", each=True)
+    results = [
+        {"events": [{"title": "a", "starts_at": "1"}, {"title": "b", "starts_at": "2"}]},
+        {"tasks": [{"task_id": "7"}, {"task_id": "8"}]},
+    ]
+    assert isinstance(named, Result)
+    assert isinstance(each, Result)
+    assert named.of(results, named="b") == "2"
+    assert [each.of(results, entry) for entry in range(each.entries(results))] == ["7", "8"]
+    with pytest.raises(LookupError):
+        named.of(results, named="c")
+
+
 def test_turns_may_answer_in_words(tmp_path):
     (template,) = _read(tmp_path, 'delete it => "Which one?" || {task} => delete_task(task_id={task})')
     assert template.turns[0].answer == ("Which one?",)
@@ -51,6 +69,7 @@ def test_turns_may_answer_in_words(tmp_path):
     [
         ("no answer here", "there is no ` => `"),
         ("add {title} => create_task(title={name})", "{name} is not in the request"),
+        ("when is it => one(day=@1.events{event}.starts_at)", "{event} is not in the request"),
         ("add {title} => create_task {title}", "not a call"),
         ("add {title} => create_task({title})", "not an argument"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taskagent_platform.domains.example_writer import COMBINED, Done, ExampleWriter, Filled
-from taskagent_platform.domains.phrasing import Result, Slot, Template, Value
+from taskagent_platform.domains.phrasing import Result, Slot, Template
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
 from taskagent_platform.domains.task_api.date_words import day_words, minute, written
@@ -20,6 +20,7 @@ PHRASINGS = Path(__file__).parent / "phrasings"
 _SAYS_PRIORITY = re.compile(
     r"urgen|critical|important|priorit|\bprio\b|\b(top|high|low)\b|minor|rush|wait|medium|normal|regular|burning"
 )
+_DATE = len("YYYY-MM-DD")
 _LOOKS_LIKE_AN_ID = re.compile(r"\S*\d\S*")
 
 
@@ -37,9 +38,14 @@ class TaskApiWriter(ExampleWriter):
             "create_task": 20, "list_tasks": 18, "overdue": 4, "complete_task": 12, "delete_task": 10,
             "get_calendar": 11, "create_project": 6, "no_tool": 18, "missing": 11,
         },
-        "multi_tool": {"chains": 29, "found": 14, "parallel": 27, COMBINED: 24, "corrections": 6},
+        "multi_tool": {
+            "chains": 28, "found": 12, "each": 8, "looked_up": 8, "parallel": 27, COMBINED: 23, "corrections": 6,
+        },
     }  # fmt: skip
-    shares_answered = {"single": 0.12, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "found": 0.5, "corrections": 0.3}
+    shares_answered = {
+        "single": 0.12, "list_tasks": 0.2, "parallel": 0.25, COMBINED: 0.2, "chains": 0.5, "found": 0.5, "each": 0.25,
+        "looked_up": 0.3, "corrections": 0.3,
+    }  # fmt: skip
     shares_missing = {"single": 0.08}
 
     def __init__(self, rng: random.Random, now: datetime) -> None:
@@ -61,8 +67,8 @@ class TaskApiWriter(ExampleWriter):
         return answer(done)
 
     def argument(self, name: str, meant: str) -> str:
-        """Returns the value; a date that the template writes as a word (``today``) becomes ISO."""
-        return str(day_words(self.now).get(meant, meant)) if _is_date(name) else meant
+        """Returns the value; a word for a date (``today``) becomes ISO, a moment its day where a date is asked for."""
+        return str(day_words(self.now).get(meant, meant))[:_DATE] if _is_date(name) else meant
 
     def note(self, argument: str, literal: str) -> str:
         """Returns the prompt's line for a date that the template writes as a word."""
@@ -85,8 +91,10 @@ class TaskApiWriter(ExampleWriter):
                     self._mention(tasks, "task_id", "title", "task", self.mean(value), "titles")
                 elif name == "project_id" and isinstance(value, tuple):
                     self._mention(projects, "project_id", "name", "proj", self.mean(value), "names")
-        # Some lists are as long as those of people who live with one.
-        long = any(call.tool == "list_tasks" for call in template.calls) and rng.random() < 0.12
+        # Some lists are as long as those of people who live with one, above all where nothing but the list is asked
+        # for: a model that has rarely seen one answered asks for it again.
+        lists = any(call.tool == "list_tasks" for call in template.calls)
+        long = lists and rng.random() < (0.35 if len(template.calls) == 1 else 0.12)
         for _ in range(rng.randint(4, 14) if long else rng.choice((0, 0, 1, 1, 2))):
             title = rng.choice(self.values("titles"))
             self._mention(tasks, "task_id", "title", "task", title[0].upper() + title[1:], "titles")
@@ -99,17 +107,37 @@ class TaskApiWriter(ExampleWriter):
         if not complete:
             tasks = []
         rng.shuffle(tasks)
-        events = []
-        for _ in range(rng.choice((0, 1, 2, 3))):
-            start = self.now.replace(hour=rng.randint(8, 18), minute=rng.choice((0, 30)))
-            start += timedelta(days=rng.randint(0, 9))
-            end = start + timedelta(minutes=rng.choice((30, 60)))
-            events.append(
-                {"title": rng.choice(self.values("events")), "starts_at": minute(start), "ends_at": minute(end)}
-            )
+        today = self.now.date()
+        events = [
+            self._event(rng.choice(self.values("events")), today, today + timedelta(days=9))
+            for _ in range(rng.choice((0, 1, 2, 3)))
+        ]
+        self._fit_events(template, events)
         if complete:
             self._fit(template, tasks, projects)
         return {"tasks": tasks, "projects": projects, "events": events, "reminders": []}
+
+    def _event(self, title: str, first: date, last: date) -> dict[str, Any]:
+        """Returns an event of one of these days."""
+        day = first + timedelta(days=self.rng.randint(0, (last - first).days))
+        start = datetime(day.year, day.month, day.day, self.rng.randint(8, 18), self.rng.choice((0, 0, 30, 30, 15, 45)))
+        end = start + timedelta(minutes=self.rng.choice((30, 60)))
+        return {"title": title, "starts_at": minute(start), "ends_at": minute(end)}
+
+    def _fit_events(self, template: Template, events: list[dict[str, Any]]) -> None:
+        """Lets the calendar hold the event that a later call needs, and others, where the request has it looked up."""
+        values = [value for call in template.calls for value in call.arguments.values()]
+        named = next((value.named for value in values if isinstance(value, Result) and value.named), None)
+        if named is None:
+            return
+        title = self.mean((named,))
+        listing = self.arguments(next(call for call in template.calls if call.tool == "get_calendar"))
+        first, last = (date.fromisoformat(day) for day in (listing["start_date"], max(listing.values())))
+        first = min(max(first, self.now.date()), last)
+        events[:] = [event for event in events if event["title"].casefold() != title.casefold()]
+        others = [other for other in self.values("events") if other.casefold() != title.casefold()]
+        events += [self._event(other, first, last) for other in self.rng.sample(others, self.rng.randint(0, 3))]
+        events.append(self._event(title, first, last))
 
     def _fit(self, template: Template, tasks: list[dict[str, Any]], projects: list[dict[str, Any]]) -> None:
         """Lets some of the tasks match the filters of the first listing, so that lists are not mostly empty."""
@@ -117,15 +145,26 @@ class TaskApiWriter(ExampleWriter):
         if listing is None:
             return
         filters = self.arguments(listing)
-        if any(_is_found(value) for call in template.calls for value in call.arguments.values()):
-            # What is done with the task found is right for one only.
-            self._find_one(filters, tasks, projects)
+        values = [value for call in template.calls for value in call.arguments.values()]
+        if found := [value for value in values if isinstance(value, Result) and value.field.startswith("tasks.")]:
+            # What is done with the task found is right for one only, if it is not for each.
+            count = self.rng.choice((2, 2, 3, 3, 4)) if any(value.each for value in found) else 1
+            dated = any(value.field == "tasks.due_date" for value in found)
+            self._find(filters, tasks, projects, count, dated=dated)
             return
         for task in tasks[: self.rng.randint(0, max(4, len(tasks) - 2))]:
             _match(task, filters, projects)
 
-    def _find_one(self, filters: dict[str, Any], tasks: list[dict[str, Any]], projects: list[dict[str, Any]]) -> None:
-        """Adds a task that the filters match; what there is already stops matching them."""
+    def _find(
+        self,
+        filters: dict[str, Any],
+        tasks: list[dict[str, Any]],
+        projects: list[dict[str, Any]],
+        count: int,
+        *,
+        dated: bool,
+    ) -> None:
+        """Adds tasks that the filters match, with due dates if need be; what there is already stops matching them."""
         name, value = next(iter(filters.items()))
         for task in tasks:
             if name == "due_before":
@@ -136,10 +175,15 @@ class TaskApiWriter(ExampleWriter):
                 task["status"] = "completed" if value == "open" else "open"
             else:
                 task.pop(name, None)
-        title = self.rng.choice(self.values("titles"))
-        self._mention(tasks, "task_id", "title", "task", title[0].upper() + title[1:], "titles")
-        tasks[-1]["status"] = "open"
-        _match(tasks[-1], filters, projects)
+        for title in self.rng.sample(self.values("titles"), count):
+            self._mention(tasks, "task_id", "title", "task", title[0].upper() + title[1:], "titles")
+            tasks[-1]["status"] = "open"
+            if dated or (count > 1 and self.rng.random() < 0.6):
+                tasks[-1]["due_date"] = str(self.now.date() + timedelta(days=self.rng.randint(1, 30)))
+            _match(tasks[-1], filters, projects)
+            if count > 1 and "due_before" in filters:
+                due = date.fromisoformat(filters["due_before"]) - timedelta(days=self.rng.choice((0, 0, 1, 2, 5)))
+                tasks[-1]["due_date"] = str(due)
         self.rng.shuffle(tasks)
 
     def _mention(
@@ -158,10 +202,6 @@ class TaskApiWriter(ExampleWriter):
 
 def _is_date(argument: str) -> bool:
     return argument.endswith(("date", "before"))
-
-
-def _is_found(value: Value) -> bool:
-    return isinstance(value, Result) and value.field.startswith("tasks.")
 
 
 def _match(task: dict[str, Any], filters: dict[str, Any], projects: list[dict[str, Any]]) -> None:

@@ -108,6 +108,7 @@ class Wording:
         self._spans = span_words(now)
         self._used: set[str] = set()
         self._last_date: date | None = None
+        self._levels: list[str] = []
 
     def fill(self, slot: Slot) -> Filled:
         """Draws a filling for a slot. Raises KeyError for a kind that nobody defined."""
@@ -118,6 +119,7 @@ class Wording:
             "name": lambda: self._fresh("names"),
             "tag": lambda: self._fresh("tags"),
             "desc": lambda: self._fresh("descriptions"),
+            "event": self._event,
             "id": self._task_id,
             "task": self._task,
             "proj": self._project,
@@ -129,8 +131,8 @@ class Wording:
             "month": self._month,
             "at": self._moment,
             "time": self._time,
-            "priority": self._priority,
-            "prio": self._adjective,
+            "priority": lambda: self._priority(slot.draw),
+            "prio": lambda: self._adjective(slot.draw),
         }
         return makers[slot.kind]()
 
@@ -194,6 +196,12 @@ class Wording:
             return Filled(self.rng.choice(wordings).format(noun), noun)
         value = self._label().value if self.rng.random() < 0.6 else self._fresh("titles").value
         return Filled(f'"{value}"', value)
+
+    def _event(self) -> Filled:
+        """Draws an event as people name it; its value is the calendar's title."""
+        title = self._fresh("events").value
+        text = title if self.rng.random() < 0.5 else title.lower()
+        return Filled(self.rng.choice(("{}", "{}", "the {}", "the {}", "my {}")).format(text), title)
 
     def _project(self) -> Filled:
         kind = self.rng.random()
@@ -484,10 +492,18 @@ class Wording:
             return f"{day.text} in the {part}"
         return f"{_on(day.text) if self.rng.random() < 0.7 else ''}{day.text} {part}"
 
-    def _priority(self) -> Filled:
-        value = self.rng.choice(("high", "high", "medium", "low"))
+    def _priority(self, draw: str) -> Filled:
+        value = self._level(draw)
         return Filled(value, value)
 
-    def _adjective(self) -> Filled:
-        value = self.rng.choice(("high", "high", "medium", "low"))
+    def _adjective(self, draw: str) -> Filled:
+        value = self._level(draw)
         return Filled(self.rng.choice(_ADJECTIVES[value]), value)
+
+    def _level(self, draw: str) -> str:
+        """Draws a priority; a second draw in one request is another one."""
+        levels: tuple[str, ...] = ("high", "high", "medium", "low")
+        if draw[-1:].isdigit():
+            levels = tuple(level for level in levels if level not in self._levels) or levels
+        self._levels.append(self.rng.choice(levels))
+        return self._levels[-1]
