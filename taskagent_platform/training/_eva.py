@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import Trainer
 
 _TOKENS = 5_000
-"""Tokens that the directions are taken from; a layer's input is 576 wide in the smallest of the models."""
+"""Tokens that the directions are taken from (a fused model's last feed-forward block sees only those with a label); a
+layer's input is 576 wide in the smallest of the models."""
 _OVERSAMPLING = 8
 
 

@@ -1,11 +1,10 @@
-"""LoRA, norm, activation and loss of a Llama with fewer passes over memory; in float32 exactly the same function.
+"""LoRA, norm, activation and loss of a Llama with fewer passes over memory; in float32 the same function exactly.
 
 On a CPU a step is bound by matrix products and, for the rest, by memory. PEFT's LoRA layer writes its own product, a
 scaled copy and the sum; here both products accumulate in place into the base layer's output. RMSNorm and the gated
-activation keep what their backward pass needs and nothing else. After the last layer's attention, only positions that
-are asked for something are computed further, and the cross entropy makes its gradient a few positions at a time. A
-base model in bfloat16 is computed in bfloat16, with float32 where a norm or a softmax sums and for the adapter's
-weights and gradients.
+activation keep what their backward pass needs and nothing else. The last feed-forward block is computed where a label
+is predicted, and the cross entropy makes its gradient a few positions at a time. A base model in bfloat16 is computed
+in bfloat16, with float32 where a norm or a softmax sums and for the adapter's weights and gradients.
 """
 
 from types import MethodType
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel, LlamaRMSNorm
 
 _ROWS = 32
-"""Positions whose logits are in float32 at a time: they stay in the cache."""
+"""Positions whose logits are in float32 at a time: on a CPU they stay in the cache."""
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -84,7 +83,7 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """``sum(logsumexp(logits) - logits[label])``, with its gradient made on the way and kept as the logits are."""
+    """``sum(logsumexp(logits) - logits[label])``, with its gradient made on the way and kept in the logits' type."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -93,24 +92,28 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), _ROWS):
             rows = slice(start, start + _ROWS)
             chosen = labels[rows].unsqueeze(-1)
-            chances = torch.log_softmax(logits[rows], -1, dtype=torch.float32)
-            total -= chances.gather(-1, chosen).sum()
+            logs = torch.log_softmax(logits[rows], -1, dtype=torch.float32)
+            total -= logs.gather(-1, chosen).sum()
             if grad is not None:
-                chances.exp_()
-                grad[rows] = chances.scatter_add_(-1, chosen, chances.new_full(chosen.shape, -1))
+                grad[rows] = logs.exp_().scatter_add_(-1, chosen, logs.new_full(chosen.shape, -1))
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * grads[0], None
+        # In place, so that a second backward pass over the same graph is an error.
+        return grad.mul_(grads[0]), None
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cross entropy of ``logits`` (``[positions, vocabulary]``) and ``labels`` (``[positions]``), summed.
+    """Returns the cross entropy summed over positions, a float32 scalar.
 
     The softmax is in float32, a few positions at a time, so that no copy of all logits is made in float32.
+
+    Args:
+        logits: ``[positions, vocabulary]``.
+        labels: ``[positions]``, token ids; none of them is ignored.
     """
     total: Tensor = _CrossEntropy.apply(logits, labels)
     return total
@@ -119,7 +122,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def fuse(model: torch.nn.Module) -> int:
     """Gives a PEFT model's LoRA layers, norms and feed-forward blocks the leaner forward; returns how many it changed.
 
-    The last decoder layer computes its feed-forward block at ``label_positions`` only, where the model is given them.
+    The last decoder layer, one of them, leaves its feed-forward block out where no label is predicted, if the model is
+    given ``label_positions``: its output is right at these positions alone.
 
     Layers that are not plain LoRA without dropout, with the adapter in float32, keep their own.
     """
@@ -131,8 +135,7 @@ def fuse(model: torch.nn.Module) -> int:
             module.forward = MethodType(_norm_forward, module)
         elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
             module.forward = MethodType(_feed_forward, module)
-        elif isinstance(module, LlamaModel):
-            last = module.layers[-1]
+        elif isinstance(module, LlamaModel) and type(last := module.layers[-1]) is LlamaDecoderLayer:
             last.forward = MethodType(_last_layer_forward, last)
         else:
             continue

@@ -267,8 +267,20 @@ def test_cross_entropy_a_few_positions_at_a_time_is_torchs_own(positions: int) -
     (gradient,) = torch.autograd.grad(got / 7, logits)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(gradient, expected_gradient)
-    with torch.no_grad():
-        torch.testing.assert_close(summed_cross_entropy(logits, labels), expected)
+    torch.testing.assert_close(summed_cross_entropy(logits.detach(), labels), expected.detach())
+
+
+def test_cross_entropy_of_bfloat16_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(40, 5000)).bfloat16().requires_grad_()
+    labels = torch.randint(5000, (40,))
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    got = summed_cross_entropy(logits, labels)
+    (gradient,) = torch.autograd.grad(got, logits)
+    torch.testing.assert_close(got, expected)
+    assert (got.dtype, gradient.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2, atol=1e-6)
 
 
 @batches
