@@ -266,7 +266,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "training": {
             "epochs": 1, "learning_rate": 2.4e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
             "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
-            "scheduler": "linear", "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
+            "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
             "init_lora_weights": "eva",
         },
         "serving": {"dtype": "auto", "speculation": True, "max_tokens": 256},

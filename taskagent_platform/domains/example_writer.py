@@ -216,13 +216,17 @@ class ExampleWriter(ABC):
         """Returns an argument's value from what the template says of it."""
         return meant
 
+    def result(self, name: str, value: Any) -> Any:
+        """Returns an argument's value from the value of an earlier result."""
+        return value
+
     def arguments(self, call: CallTemplate, entry: int = 0) -> dict[str, Any]:
         """Returns the call's arguments in the schema's order, for one entry of what an earlier call listed."""
         written: dict[str, Any] = {}
         for name, value in call.arguments.items():
             if isinstance(value, Result):
                 named = self.mean((value.named,)) if value.named else None
-                written[name] = self.argument(name, value.of(self.results, entry if value.each else 0, named))
+                written[name] = self.result(name, value.of(self.results, entry if value.each else 0, named))
             elif isinstance(value, list):
                 written[name] = [self.mean(item) for item in value]
             else:
@@ -232,8 +236,7 @@ class ExampleWriter(ABC):
 
     def _times(self, call: CallTemplate) -> int:
         """Returns how often a call is made: once, or for each entry of what an earlier call listed."""
-        lists = (value for value in call.arguments.values() if isinstance(value, Result) and value.each)
-        return next((value.entries(self.results) for value in lists), 1)
+        return call.each.entries(self.results) if call.each else 1
 
     def mean(self, value: Text) -> str:
         """Returns what a text of the calls' side means: the values of its slots."""
@@ -315,16 +318,15 @@ class ExampleWriter(ABC):
         """Returns what the assistant notes down before the first call of a turn.
 
         For each call, the optional arguments that were mentioned, in the order of the request, each by what has to be
-        looked up for it or by its name; several calls are told apart by their tools, steps by ``then``, and a call
-        for every entry of a list has ``each`` before it. Deciding
-        what a call needs while reading the request is easier for a small model than remembering it at each argument.
+        looked up for it or by its name, those from earlier results first; several calls are told apart by their tools,
+        steps by ``then``, and a call for every entry of a list has ``each`` before it. Deciding what a call needs while
+        reading the request is easier for a small model than remembering it at each argument.
         """
         if len(turn.steps) == 1 and len(turn.steps[0]) == 1:
             return self._mentions(turn.steps[0][0], turn.request)
         return " then ".join(
             "; ".join(
-                f"{'each ' * _is_for_each(call)}{call.tool} {self._mentions(call, turn.request)}".rstrip()
-                for call in step
+                f"{'each ' * bool(call.each)}{call.tool} {self._mentions(call, turn.request)}".rstrip() for call in step
             )
             for step in turn.steps
         )
@@ -522,10 +524,6 @@ def _lettered_value(value: Value, letter: str) -> Value:
     if isinstance(value, list):
         return [tuple(_lettered(piece, letter) for piece in item) for item in value]
     return value if isinstance(value, Result) else tuple(_lettered(piece, letter) for piece in value)
-
-
-def _is_for_each(call: CallTemplate) -> bool:
-    return any(isinstance(value, Result) and value.each for value in call.arguments.values())
 
 
 def _is_rich(template: Template) -> bool:

@@ -7,8 +7,8 @@ A line reads ``request => calls``, for instance::
 Calls are joined by ``&`` (made in the same turn) or ``;`` (made after the earlier results). A value is a slot, a
 bare or quoted literal, a list, or the result of an earlier call of the same line: ``@1.project_id``,
 ``@1.tasks.task_id`` of the only entry of a list, ``@1.events{event}.starts_at`` of the entry that a slot's value
-names, or ``@1.tasks*.task_id`` for a call that is made for every entry. ``"text"`` instead of calls is an answer
-without a tool. ``||`` separates the turns of a longer conversation.
+names, or ``@1.tasks*.task_id`` for a call that is made for every entry; no later call of the line refers to a result.
+``"text"`` instead of calls is an answer without a tool. ``||`` separates the turns of a longer conversation.
 """
 
 import re
@@ -52,8 +52,15 @@ class Result:
     named: Slot | None = None
 
     def entries(self, results: Sequence[dict[str, Any]]) -> int:
-        """Returns how many entries the list has."""
-        return len(results[self.call - 1][self.field.partition(".")[0]])
+        """Returns how many entries the list has.
+
+        Raises:
+            LookupError: there is no such list, or nothing in it.
+        """
+        name = self.field.partition(".")[0]
+        if count := len(results[self.call - 1][name]):
+            return count
+        raise LookupError(f"{name} is empty")
 
     def of(self, results: Sequence[dict[str, Any]], entry: int = 0, named: str | None = None) -> Any:
         """Returns the value, of the given entry or of the one in which ``named`` stands.
@@ -83,6 +90,16 @@ class CallTemplate:
 
     tool: str
     arguments: dict[str, Value]
+
+    @property
+    def results(self) -> list[Result]:
+        """The arguments that are taken from results."""
+        return [value for value in self.arguments.values() if isinstance(value, Result)]
+
+    @property
+    def each(self) -> Result | None:
+        """The list for whose every entry the call is made; None for a call made once."""
+        return next((value for value in self.results if value.each), None)
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,9 @@ def _value(source: str) -> Value:
         call, outer, which, inner = match.groups()
         named = next((piece for piece in text(which or "") if isinstance(piece, Slot)), None)
         return Result(int(call), f"{outer}.{inner}" if inner else outer, which == "*", named)
+    if source.startswith("@"):
+        forms = "@1.field, @1.list.field, @1.list*.field or @1.list{slot}.field"
+        raise ValueError(f"not a result: {source!r}; write {forms}")
     return text(source[1:-1] if source[:1] == source[-1:] == '"' else source)
 
 

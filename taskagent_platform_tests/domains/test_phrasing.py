@@ -56,6 +56,8 @@ def test_a_result_may_be_the_entry_that_a_slot_names_or_every_entry(tmp_path):
     assert [each.of(results, entry) for entry in range(each.entries(results))] == ["7", "8"]
     with pytest.raises(LookupError):
         named.of(results, named="c")
+    with pytest.raises(LookupError, match="tasks is empty"):
+        each.entries([{}, {"tasks": []}])
 
 
 def test_turns_may_answer_in_words(tmp_path):
@@ -72,6 +74,8 @@ def test_turns_may_answer_in_words(tmp_path):
         ("when is it => one(day=@1.events{event}.starts_at)", "{event} is not in the request"),
         ("add {title} => create_task {title}", "not a call"),
         ("add {title} => create_task({title})", "not an argument"),
+        ("finish it => list() ; complete(id=@1.tasks.task.id)", "not a result: '@1.tasks.task.id'"),
+        ("finish all => list() ; complete(id=@1.tasks*)", "not a result: '@1.tasks*'"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, fault):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from taskagent_platform.domains.example_writer import COMBINED, Done, ExampleWriter, Filled
-from taskagent_platform.domains.phrasing import Result, Slot, Template
+from taskagent_platform.domains.phrasing import Slot, Template
 from taskagent_platform.domains.task_api.answers import answer
 from taskagent_platform.domains.task_api.backend import State, TaskApiBackend
 from taskagent_platform.domains.task_api.date_words import day_words, minute, written
@@ -20,7 +20,6 @@ PHRASINGS = Path(__file__).parent / "phrasings"
 _SAYS_PRIORITY = re.compile(
     r"urgen|critical|important|priorit|\bprio\b|\b(top|high|low)\b|minor|rush|wait|medium|normal|regular|burning"
 )
-_DATE = len("YYYY-MM-DD")
 _LOOKS_LIKE_AN_ID = re.compile(r"\S*\d\S*")
 
 
@@ -67,8 +66,12 @@ class TaskApiWriter(ExampleWriter):
         return answer(done)
 
     def argument(self, name: str, meant: str) -> str:
-        """Returns the value; a word for a date (``today``) becomes ISO, a moment its day where a date is asked for."""
-        return str(day_words(self.now).get(meant, meant))[:_DATE] if _is_date(name) else meant
+        """Returns the value; a date that the template writes as a word (``today``) becomes ISO."""
+        return str(day_words(self.now).get(meant, meant)) if _is_date(name) else meant
+
+    def result(self, name: str, value: Any) -> Any:
+        """Returns the value; of a moment the day, where a date is asked for."""
+        return value[: len("YYYY-MM-DD")] if _is_date(name) else value
 
     def note(self, argument: str, literal: str) -> str:
         """Returns the prompt's line for a date that the template writes as a word."""
@@ -125,14 +128,14 @@ class TaskApiWriter(ExampleWriter):
         return {"title": title, "starts_at": minute(start), "ends_at": minute(end)}
 
     def _fit_events(self, template: Template, events: list[dict[str, Any]]) -> None:
-        """Lets the calendar hold the event that a later call needs, and others, where the request has it looked up."""
-        values = [value for call in template.calls for value in call.arguments.values()]
-        named = next((value.named for value in values if isinstance(value, Result) and value.named), None)
+        """Lets the calendar hold the event that a later call names (``@1.events{event}``), and others."""
+        named = next((value.named for call in template.calls for value in call.results if value.named), None)
         if named is None:
             return
         title = self.mean((named,))
         listing = self.arguments(next(call for call in template.calls if call.tool == "get_calendar"))
-        first, last = (date.fromisoformat(day) for day in (listing["start_date"], max(listing.values())))
+        first = date.fromisoformat(listing["start_date"])
+        last = date.fromisoformat(listing.get("end_date", listing["start_date"]))
         first = min(max(first, self.now.date()), last)
         events[:] = [event for event in events if event["title"].casefold() != title.casefold()]
         others = [other for other in self.values("events") if other.casefold() != title.casefold()]
@@ -145,8 +148,8 @@ class TaskApiWriter(ExampleWriter):
         if listing is None:
             return
         filters = self.arguments(listing)
-        values = [value for call in template.calls for value in call.arguments.values()]
-        if found := [value for value in values if isinstance(value, Result) and value.field.startswith("tasks.")]:
+        results = [value for call in template.calls for value in call.results]
+        if found := [value for value in results if value.field.startswith("tasks.")]:
             # What is done with the task found is right for one only, if it is not for each.
             count = self.rng.choice((2, 2, 3, 3, 4)) if any(value.each for value in found) else 1
             dated = any(value.field == "tasks.due_date" for value in found)

@@ -3,7 +3,8 @@ import random
 import re
 from collections import Counter
 from datetime import datetime
-from itertools import pairwise
+from itertools import groupby
+from operator import itemgetter
 
 import pytest
 
@@ -140,12 +141,12 @@ def test_a_date_that_is_looked_up_is_that_of_the_event_or_task_that_was_named():
             continue
         request = example.messages[1]["content"].casefold()
         result = json.loads(example.messages[3]["content"])
-        dates = [
-            str(value)
+        dates = {
+            name: value
             for call in example.messages[4]["tool_calls"]
             for name, value in json.loads(call["function"]["arguments"]).items()
             if name in ("due_date", "remind_at", "start_date")
-        ]
+        }
         if "tasks" in result:
             (wanted,) = (task["due_date"] for task in result["tasks"])
         else:
@@ -153,9 +154,17 @@ def test_a_date_that_is_looked_up_is_that_of_the_event_or_task_that_was_named():
                 (event for event in result["events"] if event["title"].casefold() in request),
                 key=lambda event: len(event["title"]),
             )["starts_at"]
-        assert all(wanted.startswith(value) for value in dates), example.messages
+        for name, value in dates.items():
+            assert value == (wanted if name == "remind_at" else wanted[:10]), example.messages
         found += len(dates)
     assert found > 20
+
+
+def test_a_second_priority_of_a_request_is_another_one():
+    for seed in range(20):
+        wording = Wording(random.Random(seed), MOMENTS[0])
+        levels = [wording.fill(Slot(kind, draw)).value for kind, draw in (("priority", ""), ("prio", "2"))]
+        assert levels[0] != levels[1]
 
 
 def test_listings_that_nothing_follows_are_often_answered_and_often_long():
@@ -276,7 +285,7 @@ def test_the_plan_of_a_turn_names_the_tools_of_its_calls_in_order():
             if any(plan.startswith("each ") for plan in plans):
                 # How many there are is not known yet.
                 plans = [plan.removeprefix("each ") for plan in plans]
-                calls = [call for before, call in pairwise([{}, *calls]) if call["name"] != before.get("name")]
+                calls = [next(same) for _, same in groupby(calls, key=itemgetter("name"))]
             assert [plan.split(" ")[0] for plan in plans][: len(calls)] == [call["name"] for call in calls]
             for plan, call in zip(plans, calls, strict=False):
                 named = {word for word in plan.split(" ", 1)[-1].split(", ") if word in _FIELDS}
