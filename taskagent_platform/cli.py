@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,6 +39,9 @@ NowOption = Annotated[
     typer.Option("--now", help="The moment it takes place, YYYY-MM-DDTHH:MM; else the clock's."),
 ]
 _DIGEST_SHOWN = 12
+_PAGES = "pages"
+"""Folder of the home that names the process of every page that was opened."""
+_PAGE_PATIENCE_S = 20
 
 
 def main() -> None:
@@ -262,7 +266,7 @@ def status() -> None:
 
 @app.command()
 def stop() -> None:
-    """Stop the runs, model servers and gateway that the platform started, and only those."""
+    """Stop the runs, model servers, gateway and pages that the platform started, and only those."""
     from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers
     from taskagent_platform.serving.deployments import stop_all
 
@@ -271,6 +275,7 @@ def stop() -> None:
     # First, so that no run starts a server again.
     stopped = [f"run {run_id[:8]}, which Dagster had started" for run_id in workers.stop_all()]
     stopped += stop_all(settings)
+    stopped += _stop_pages(settings)
     for text in stopped:
         typer.echo(f"stopped {text}" if not text.startswith("not ") else f"could not stop {text.removeprefix('not ')}")
     if not stopped:
@@ -299,7 +304,7 @@ def ui() -> None:
         command += ["--module-name", "taskagent_platform.definitions"]
     # dg compares the active environment with the project's and warns where none is active.
     environment = {**instance_environment(settings), "VIRTUAL_ENV": sys.prefix}
-    _replace_process(command, environment, PROJECT_ROOT)
+    _become_page(settings, "Dagster", command, environment, PROJECT_ROOT)
 
 
 @app.command()
@@ -318,7 +323,7 @@ def mlflow() -> None:
         sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1",
         "--backend-store-uri", store_uri(settings), "--default-artifact-root", (folder / "artifacts").as_uri(),
     ]  # fmt: skip
-    _replace_process(command, server_environment(), folder)
+    _become_page(settings, "MLflow", command, server_environment(), folder)
 
 
 @app.command()
@@ -429,13 +434,46 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"
 
 
-def _replace_process(command: list[str], environment: dict[str, str], folder: Path) -> None:
-    """Becomes the command, which then gets the terminal's signals itself."""
+def _become_page(
+    settings: "Settings", name: str, command: list[str], environment: dict[str, str], folder: Path
+) -> None:
+    """Becomes the page's server, which then gets the terminal's signals itself, and leaves word of it for `stop`."""
+    import psutil
+
+    from taskagent_platform.process_identity import process_mark
+
+    record = settings.home / _PAGES / name
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(process_mark(psutil.Process()))
     sys.stdout.flush()
     # A shell starts what runs in the background with SIGINT ignored, and Dagster gives SIGTERM the same treatment.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.chdir(folder)
     os.execve(command[0], command, environment)
+
+
+def _stop_pages(settings: "Settings") -> list[str]:
+    """Ends the pages that are open, with their children; returns what was stopped."""
+    import psutil
+
+    from taskagent_platform.process_identity import marked_process
+
+    stopped = []
+    for record in sorted((settings.home / _PAGES).glob("*")):
+        page = marked_process(record.read_text())
+        if page is not None:
+            with suppress(psutil.NoSuchProcess):
+                family = [page, *page.children(recursive=True)]
+                page.terminate()
+                psutil.wait_procs([page], _PAGE_PATIENCE_S)
+                # A server ends its children with itself; what it left behind has nobody to serve.
+                for process in family:
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+                psutil.wait_procs(family, _PAGE_PATIENCE_S)
+            stopped.append(f"{record.name}'s page (process {page.pid})")
+        record.unlink(missing_ok=True)
+    return stopped
 
 
 if __name__ == "__main__":

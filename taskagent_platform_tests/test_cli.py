@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -293,6 +294,37 @@ def test_mlflow_opens_on_the_platform_s_store():
     finally:
         page.send_signal(signal.SIGINT)
         page.wait(60)
+
+
+_PAGE = """
+import os, sys
+from pathlib import Path
+from taskagent_platform.cli import _become_page
+from taskagent_platform.settings import load_settings
+server = [sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '600'])"]
+_become_page(load_settings(), "Dagster", server, dict(os.environ), Path.cwd())
+"""
+
+
+def test_stop_ends_open_pages_with_their_children_and_no_other_process():
+    page, other = subprocess.Popen([sys.executable, "-c", _PAGE]), subprocess.Popen(["sleep", "600"])
+    try:
+        deadline = time.monotonic() + 60
+        while not (children := psutil.Process(page.pid).children()):
+            assert page.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # An old record, whose process number is somebody else's by now.
+        (load_settings().home / "pages" / "MLflow").write_text(f"{other.pid}@1.00")
+        done = invoke("stop")
+        assert done.stdout == f"stopped Dagster's page (process {page.pid})\n"
+        assert not any(child.is_running() for child in children)
+        assert other.poll() is None
+        assert invoke("stop").stdout == "Nothing was running.\n"
+    finally:
+        for process in (page, other):
+            process.kill()
+            process.wait()
 
 
 def is_answered(url: str) -> bool:
