@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 _Z_95 = 1.959963984540054
@@ -44,8 +45,9 @@ def mcnemar_exact(only_first_right: int, only_second_right: int) -> float:
     if discordant == 0:
         return 1.0
     fewer = min(only_first_right, only_second_right)
-    tail = sum(math.comb(discordant, k) for k in range(fewer + 1)) / float(2**discordant)
-    return min(1.0, 2 * tail)
+    ways = sum(math.comb(discordant, k) for k in range(fewer + 1))
+    # Divided as whole numbers: two to the number of cases may be more than a float holds.
+    return min(1.0, float(Fraction(2 * ways, 2**discordant)))
 
 
 def paired_difference_interval(only_first: int, only_second: int, total: int, z: float = _Z_95) -> Interval:

@@ -46,6 +46,10 @@ def test_mcnemar_exact(first: int, second: int, p: float) -> None:
     assert mcnemar_exact(first, second) == pytest.approx(p, abs=1e-6)
 
 
+def test_mcnemar_takes_more_discordant_cases_than_a_float_can_count() -> None:
+    assert mcnemar_exact(600, 430) == pytest.approx(1.3e-7, rel=0.1)
+
+
 def test_mcnemar_refuses_negative_counts() -> None:
     with pytest.raises(ValueError, match="negative"):
         mcnemar_exact(-1, 2)
