@@ -261,7 +261,8 @@ def ask_bfcl(
         BfclCaseResult(
             id=case.id,
             category=case.category,
-            passed=verdict.valid,
+            # What was never asked is no right abstention.
+            passed=verdict.valid and answer is not None,
             error_type=verdict.error_type,
             calls=_calls(answer),
             text=answer.text if answer is not None else "",

@@ -80,6 +80,9 @@ def test_a_case_longer_than_the_context_is_no_answer() -> None:
     server = LightServer({}, failures=[(400, "This model's maximum context length is 4096 tokens.")])
     [one] = ask(server, case(0)).cases
     assert (one.passed, one.too_long, one.malformed) == (False, True, False)
+    server = LightServer({}, failures=[(400, "This model's maximum context length is 4096 tokens.")])
+    [one] = ask(server, case(0, "irrelevance")).cases
+    assert not one.passed, "a refused request is no right abstention"
 
 
 def test_an_endpoint_that_fails_leaves_no_result() -> None:
