@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -123,12 +124,9 @@ def run_improvement(settings: Settings, console: "Console", rounds: int) -> Outc
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def retrain() -> bool:
-        merged, report = settings.folder(domain.name) / "merged_model", settings.folder(domain.name) / REPORT_KIND
-        code = run_demo(settings, console)
-        if code == INTERRUPTED:
+        if run_demo(settings, console) == INTERRUPTED:
             raise KeyboardInterrupt
-        # A run that a gate ends has made a model and its report all the same.
-        return read_manifest(report, kind=REPORT_KIND).inputs["merged_model"] == read_manifest(merged).digest
+        return is_of_present_data(settings.folder(domain.name))
 
     def diagnose() -> bool:
         with open_instance(settings) as instance:
@@ -141,6 +139,17 @@ def run_improvement(settings: Settings, console: "Console", rounds: int) -> Outc
             return run.process.returncode == 0
 
     return improve(settings, domain, rounds, retrain=retrain, diagnose=diagnose, say=say)
+
+
+def is_of_present_data(folder: Path) -> bool:
+    """Returns whether a domain's report is of the model that its present training dataset made.
+
+    A run that a gate ends has made a model and its report all the same; one that ends earlier leaves those of the run
+    before, which say nothing of the new data.
+    """
+    line = (TRAINING, "lora_adapter", "merged_model", REPORT_KIND)
+    made = [read_manifest(folder / name) for name in line]
+    return all(after.inputs.get(before.kind) == before.digest for before, after in pairwise(made))
 
 
 def _run(job: Job, name: str) -> None:

@@ -23,7 +23,7 @@ from taskagent_platform.evaluation.diagnosis import diagnose, load_diagnosis, sa
 from taskagent_platform.evaluation.report import load_report, save_report
 from taskagent_platform.evaluation.run import evaluate
 from taskagent_platform.evaluation.suite import load_suite
-from taskagent_platform.improve import Outcome, improve
+from taskagent_platform.improve import Outcome, improve, is_of_present_data
 from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.evaluation.light_server import LightServer
@@ -249,3 +249,18 @@ def test_room_for_chains_that_no_generator_makes_goes_to_the_others(
     made = made_with_room_for_six(settings, domain, monkeypatch, wanted)
     several = sum(count for pattern, count in made.items() if pattern.dimension == "calls" and int(pattern.value) > 1)
     assert 0 < several <= 6
+
+
+def test_a_retraining_that_failed_on_the_way_is_no_round(tmp_path: Path) -> None:
+    """The report of the model before is there still, and says nothing of the new data."""
+
+    def made(kind: str, inputs: dict[str, str], text: str = "1") -> str:
+        with new_artifact(tmp_path / kind, kind=kind, inputs=inputs, settings={}, code_version="1") as scratch:
+            (scratch / "file").write_text(text)
+        return read_manifest(tmp_path / kind).digest
+
+    adapter = made("lora_adapter", {"training_dataset": made("training_dataset", {})})
+    made("eval_report", {"merged_model": made("merged_model", {"lora_adapter": adapter})})
+    assert is_of_present_data(tmp_path)
+    made("training_dataset", {}, text="2")
+    assert not is_of_present_data(tmp_path)
