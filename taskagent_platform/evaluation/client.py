@@ -130,8 +130,14 @@ async def open_client(endpoint: Endpoint) -> AsyncIterator["AsyncOpenAI"]:
         yield client
 
 
-class ContextExceededError(Exception):
+class ContextExceededError(PlatformError):
     """A conversation is longer than the server takes."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(
+            f"{endpoint.base_url} refuses a request as longer than its context: prompt, tools and serving.max_tokens "
+            f"({endpoint.max_tokens}) do not fit; raise serving.max_model_len or lower serving.max_tokens."
+        )
 
 
 @contextmanager
@@ -149,7 +155,7 @@ def clear_errors(endpoint: Endpoint) -> Iterator[None]:
         yield
     except openai.BadRequestError as error:
         if "context length" in str(error).lower():
-            raise ContextExceededError from error
+            raise ContextExceededError(endpoint) from error
         raise PlatformError(f"{url} refuses a request: {_reason(error)}") from error
     except openai.NotFoundError as error:
         raise PlatformError(f"{url} has no model {endpoint.model!r}: {_reason(error)}") from error
@@ -199,7 +205,13 @@ async def run_case(
     *,
     max_turns: int,
 ) -> CaseRun:
-    """Asks one case: a chain until the model stops calling tools, anything else for one answer."""
+    """Asks one case: a chain until the model stops calling tools, anything else for one answer.
+
+    Raises:
+        ContextExceededError: the case's first request is longer than the server takes: nothing is known of the model
+            then. A chain that outgrows the context later is the model's doing.
+        PlatformError: the endpoint fails.
+    """
     names = [tool["function"]["name"] for tool in tools]
     messages = opening_messages(domain, case)
     backend = case_backend(domain, case)
@@ -213,8 +225,9 @@ async def run_case(
         message = await ask(client, endpoint, messages, tools)
         seconds = seconds or time.monotonic() - begin
         if message is None:
+            if not answers:
+                raise ContextExceededError(endpoint)
             exceeded = ended = True
-            answers = answers or [Answer((), "")]
             break
         messages.append(message)
         answer = read_answer(message, names)

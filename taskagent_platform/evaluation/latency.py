@@ -60,10 +60,10 @@ def split_cases(suite: Suite, requests: int) -> Split:
     remembers the answer. So the timed cases are asked only once, after the others.
     """
     single = [case for case in suite.cases if case.list_name in ("tool_selection", "argument_extraction")]
-    timed = _spread(single, requests)
+    timed = spread(single, requests)
     chosen = {case.id for case in timed}
     left = [case for case in single if case.id not in chosen]
-    first_token = _spread(left, min(_FIRST_TOKEN_REQUESTS, requests, len(left) // 2))
+    first_token = spread(left, min(_FIRST_TOKEN_REQUESTS, requests, len(left) // 2))
     apart = chosen | {case.id for case in first_token}
     return Split(tuple(timed), tuple(first_token), tuple(case for case in suite.cases if case.id not in apart))
 
@@ -81,6 +81,8 @@ async def time_cases(
     Returns:
         The latency, None if there was no case to time, and the cases as they were answered.
     """
+    # What the client tries again in silence would be timed as one slow answer.
+    client = client.with_options(max_retries=0)
     tools = domain.openai_tools()
     first_tokens = []
     runs = []
@@ -128,6 +130,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def _spread(cases: Sequence[Case], count: int) -> list[Case]:
+def spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """Returns that many of the cases, or all if there are fewer, evenly from the first to the last."""
     count = min(count, len(cases))
     return [cases[index * len(cases) // count] for index in range(count)]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from taskagent_platform.domains.base import Domain, Message
-from taskagent_platform.evaluation.client import Endpoint, ask, opening_messages
-from taskagent_platform.evaluation.latency import percentile
+from taskagent_platform.evaluation.client import ContextExceededError, Endpoint, ask, opening_messages
+from taskagent_platform.evaluation.latency import percentile, spread
 from taskagent_platform.evaluation.suite import Case
 from taskagent_platform.settings import EvaluationSettings
 
@@ -69,14 +69,16 @@ async def measure_load(
 ) -> LoadCurve | None:
     """Asks ever more requests at once until the throughput stops rising, or count or time run out.
 
-    Every request carries a number of its own, so that no answer comes from a cache of whole requests; what requests of
-    one domain share (instructions, tools, date block) is in the server's cache, as it is when it serves.
+    Every step asks the same cases, so that only the concurrency differs. Each request begins with a number of its own:
+    what requests of one domain share (instructions, tools, date block) is in the server's cache, as it is when it
+    serves, and the request itself is not. A server that proposes tokens from earlier answers (suffix decoding) knows
+    these, though: the cases were asked before, so answers take less time than those of the timed single requests.
 
     Args:
         client: of the endpoint.
         endpoint: the endpoint.
         domain: whose prompt and tools.
-        cases: whose inputs are asked, in turn; their answers are not judged.
+        cases: whose inputs are asked, spread over all of them; their answers are not judged.
         settings: ``load_concurrency``, ``load_requests`` and ``load_seconds``.
         on_progress: is told the step, and the requests done of it and in it.
 
@@ -92,9 +94,11 @@ async def measure_load(
     points: list[LoadPoint] = []
     asked = 0
     concurrency = 1
+    client = client.with_options(max_retries=0)
     while concurrency <= settings.load_concurrency:
         count = max(settings.load_requests, 2 * concurrency)
-        requests = [_request(domain, cases[number % len(cases)], number) for number in range(asked, asked + count)]
+        chosen = spread(cases, count)
+        requests = [_request(domain, chosen[number % len(chosen)], asked + number) for number in range(count)]
         asked += count
         step_until = min(until, time.monotonic() + settings.load_seconds / _STEPS_IN_TIME)
         step = _Step(client, endpoint, domain, requests, step_until, concurrency, on_progress)
@@ -165,11 +169,12 @@ class _Step:
             if messages is None:
                 return
             begin = time.monotonic()
-            await ask(self.client, self.endpoint, messages, self.tools)
+            if await ask(self.client, self.endpoint, messages, self.tools) is None:
+                raise ContextExceededError(self.endpoint)
             self.times.append((time.monotonic() - begin) * 1000)
             self.tell(f"load, {self.concurrency} at once", len(self.times), len(self.requests))
 
 
 def _request(domain: Domain, case: Case, number: int) -> list[Message]:
     messages = opening_messages(domain, case)
-    return [*messages[:-1], {"role": "user", "content": f"{case.input} ({number + 1})"}]
+    return [*messages[:-1], {"role": "user", "content": f"({number + 1}) {case.input}"}]

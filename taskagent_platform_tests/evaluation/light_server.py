@@ -19,14 +19,14 @@ class LightServer:
     Args:
         turns: the turns of each input; other inputs get a text.
         delay_s: how long each answer takes.
-        failures: the status of the first requests, in order, before answers begin.
+        failures: the status of the first requests, in order, before answers begin; None for one that is answered.
     """
 
     def __init__(
         self,
         turns: Mapping[str, Sequence[Turn]],
         delay_s: float = 0.0,
-        failures: Sequence[tuple[int, str]] = (),
+        failures: Sequence[tuple[int, str] | None] = (),
     ) -> None:
         self.turns = turns
         self.delay_s = delay_s
@@ -45,8 +45,8 @@ class LightServer:
             await asyncio.sleep(self.delay_s)
         finally:
             self.running -= 1
-        if self.failures:
-            status, said = self.failures.pop(0)
+        if self.failures and (failure := self.failures.pop(0)) is not None:
+            status, said = failure
             return JSONResponse({"error": {"message": said}}, status)
         if body.get("stream"):
             return StreamingResponse(_stream(), media_type="text/event-stream")
