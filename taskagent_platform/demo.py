@@ -163,6 +163,7 @@ def _write_example_request(settings: Settings, domain: Domain) -> Path:
 def _reports(settings: Settings, domain: Domain) -> str:
     """Returns what the model learned from, and what it was measured to get right of the suites."""
     from taskagent_platform.evaluation.report import load_report, render_report
+    from taskagent_platform.serving.gates import champion_of, read_champion_report
 
     folder = settings.folder(domain.name)
     dataset = Distribution.model_validate(read_manifest(folder / "training_dataset").details["distribution"])
@@ -171,5 +172,11 @@ def _reports(settings: Settings, domain: Domain) -> str:
         base = load_report(folder / "base_eval_report")
     except PlatformError:
         base = None
-    report = render_report(load_report(folder / "eval_report"), settings.gates, base=base)
+    measured = load_report(folder / "eval_report")
+    champion = champion_of(settings, domain, measured.model_digest or "")
+    try:
+        against = None if champion is None else read_champion_report(settings, domain, champion)
+    except PlatformError:
+        against = None  # the gate says why
+    report = render_report(measured, settings.gates, base=base, champion=against)
     return f"TRAINING DATASET  {domain.name}\n{dataset.text()}\n\n{report}"

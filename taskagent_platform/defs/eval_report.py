@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 import dagster as dg
 
-from taskagent_platform.artifacts import Manifest, code_version, digest_of, find_artifact, new_artifact, read_manifest
+from taskagent_platform.artifacts import Manifest, code_version, find_artifact, new_artifact, read_manifest
 from taskagent_platform.defs.figures import latency_plot, table
 from taskagent_platform.defs.keys import AssetOptions, asset_key, domain_asset
 from taskagent_platform.defs.platform import Platform, Stage
@@ -27,11 +26,15 @@ from taskagent_platform.evaluation.report import (
     EvalReport,
     Rate,
     load_report,
+    metrics_of,
+    read_verdict,
     render_report,
     save_report,
+    target_text,
+    verdict_of,
 )
-from taskagent_platform.evaluation.run import evaluate
-from taskagent_platform.evaluation.suite import DEFAULT_NOW, Suite, Suites, domain_suites
+from taskagent_platform.evaluation.run import conditions, evaluate
+from taskagent_platform.evaluation.suite import Suite, Suites, domain_suites
 from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.serving.active import Deployment, model_name
 from taskagent_platform.serving.deployments import find_server, make_room, server_files
@@ -81,18 +84,15 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
             model = stage.upstream(BASE)
             limits = (stage.settings.evaluation.base_sample, stage.settings.evaluation.case_limit)
             suites = domain_suites(domain, min((n for n in limits if n), default=None))
-            # What the answers depend on; the generators of training data are not among it.
-            prompt = digest_of([domain.system_prompt(datetime.fromisoformat(DEFAULT_NOW)), domain.openai_tools()])
             made_from: dict[str, Any] = {
                 "kind": BASE_KIND,
+                # What the answers depend on; the generators of training data are not among it.
                 "inputs": {
-                    BASE: model.digest,
-                    **suites.digests,
-                    "prompt": digest_of([prompt, domain.openai_tools()]),
+                    BASE: model.digest, **suites.digests, "conditions": conditions(stage.settings, domain, suites),
                 },
                 "settings": measured_with(stage.settings),
                 "code_version": code_version("evaluation", "serving/server.py"),
-            }
+            }  # fmt: skip
             found = find_artifact(stage.folder(), **made_from)
             if found is None:
                 published = published_model(stage.folder(BASE))
@@ -108,7 +108,7 @@ def base_eval_report(domain: Domain) -> dg.AssetsDefinition:
                 reused=found is not None,
                 mlflow=dg.MetadataValue.url(run.url),
                 cases_of_each_list=suites.gated.case_limit or "all",
-                report=_rates_table(measured, None),
+                report=_rates_table(measured, stage.settings.gates, None),
             )
 
     return report
@@ -147,18 +147,19 @@ def eval_report(domain: Domain) -> dg.AssetsDefinition:
             if found is None:
                 verdict = _evaluate_candidate(stage, model, suites, made_from, base, champion)
             else:
+                _write_anew(stage, made_from, base, champion)
                 verdict = judge(stage.settings, domain, model, stage.folder())
             measured = load_report(stage.folder())
             stage.say("\n" + render_report(measured, stage.settings.gates, base=base, champion=champion))
             run = tracking.run_of_model(stage.settings, domain.name, model.inputs[ADAPTER], "fine-tuning")
             _track(run, stage, measured, {"base": base} | ({"champion": champion} if champion is not None else {}))
             return stage.result(
-                found or read_manifest(stage.folder()),
+                read_manifest(stage.folder()),
                 reused=found is not None,
                 verdict="may be deployed" if not verdict.refusals else "\n".join(verdict.refusals),
                 model_digest=model.digest,
                 mlflow=dg.MetadataValue.url(run.url),
-                report=_rates_table(measured, base),
+                report=_rates_table(measured, stage.settings.gates, base),
                 gates=_gates_table(verdict.gates, measured),
                 slices=_slices_table(measured, base, champion),
                 robustness_cases=len(measured.robustness),
@@ -232,6 +233,19 @@ def _measure_champion(stage: Stage, champion: Deployment, suites: Suites) -> Eva
     ) as scratch:
         save_report(measured, scratch, stage.settings.gates)
     return measured
+
+
+def _write_anew(stage: Stage, made_from: dict[str, Any], base: EvalReport, champion: EvalReport | None) -> None:
+    """Writes text, page and verdict of a report that is kept anew where the gates or the comparisons changed since."""
+    folder, gates = stage.folder(), stage.settings.gates
+    report = load_report(folder)
+    # The champion that a model was compared with is gone once the model itself is deployed; what is written stays.
+    kept, now = read_verdict(folder), verdict_of(report, gates, base=base, champion=champion)
+    others = [gate for gate in kept.gates if champion is not None or gate.name != CHAMPION_GATE]
+    against = now.against_champion if champion is not None else kept.against_champion
+    if (others, kept.against_base, kept.against_champion) != (list(now.gates), now.against_base, against):
+        with new_artifact(folder, **made_from) as scratch:
+            save_report(report, scratch, gates, base=base, champion=champion)
 
 
 def _evaluate_candidate(
@@ -359,11 +373,11 @@ def _track(run: TrackedRun, stage: Stage, report: EvalReport, others: Mapping[st
         run.keep_file(stage.folder() / file)
 
 
-def _rates_table(report: EvalReport, base: EvalReport | None) -> dg.MarkdownMetadataValue:
+def _rates_table(report: EvalReport, gates: GateSettings, base: EvalReport | None) -> dg.MarkdownMetadataValue:
     header = ["metric", "correct/n", "rate", "95 % interval", "target", "result"]
     rows = []
-    for name, metric in report.metrics.items():
-        target = "-" if metric.target is None else f"> {metric.target:.0%}"
+    for name, metric in metrics_of(report.cases, gates).items():
+        target = "-" if metric.target is None else target_text(metric.target)
         result = "-" if metric.passed is None else "PASS" if metric.passed else "FAIL"
         row = [METRIC_TITLES[name], f"{metric.correct}/{metric.total}", _percent(metric.rate), _interval(metric)]
         rows.append([*row, target, result, *([_rate_of(base.metrics[name])] if base else [])])

@@ -22,7 +22,7 @@ from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.report import REPORT_FILE, EvalReport
 from taskagent_platform.evaluation.run import conditions
-from taskagent_platform.evaluation.suite import Suite, load_suite
+from taskagent_platform.evaluation.suite import Suite, Suites, load_suite
 from taskagent_platform.launchers.routes import GPU_POOL
 from taskagent_platform.settings import Settings
 from taskagent_platform.sweep import RANKING_FILE, Trial, described, learning_rates, ranking, ranking_text, settings_of
@@ -203,7 +203,10 @@ def _measurement(
 
 def _asked(stage: Stage, development: Suite | None) -> dict[str, str]:
     """Returns the identities of what a model is asked, and under which conditions."""
-    return {"development": development.digest, "conditions": conditions(stage.domain)} if development else {}
+    if development is None:
+        return {}
+    asked_with = conditions(stage.settings, stage.domain, Suites(development, None))
+    return {"development": development.digest, "conditions": asked_with}
 
 
 def _development_report(

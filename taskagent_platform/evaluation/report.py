@@ -198,6 +198,13 @@ class EvalReport(_Model):
         return {"suite": self.suite_digest} | beside
 
     @property
+    def measured_on(self) -> str:
+        """Where the model ran: this machine's hardware, or an endpoint of which nothing is known."""
+        if self.model_digest is None:
+            return f"through {self.endpoint}"
+        return "on " + (", ".join(self.hardware.gpus) or f"{self.hardware.cores} cores of {self.hardware.processor}")
+
+    @property
     def asked(self) -> tuple[CaseRecord, ...]:
         """Every case, whether gates count it or not."""
         return self.cases + self.robustness
@@ -333,7 +340,7 @@ def render_report(
     lines += [header + ("    base model" if base else ""), "-" * (len(header) + (14 if base else 0))]
     for name, metric in metrics_of(report.cases, gates).items():
         result = results.get(name)
-        target = f"> {metric.target:.0%}" if metric.target is not None else "-"
+        target = target_text(metric.target) if metric.target is not None else "-"
         verdict = "-" if result is None else "PASS" if result.passed else "FAIL"
         interval = "" if metric.low is None else f"{metric.low:.1%} - {metric.high:.1%}"
         counts = f"{metric.correct}/{metric.total}"
@@ -363,7 +370,9 @@ def render_report(
             "or did what a tool result told it to."
         )
     if report.extra_reads:
-        lines.append(f"  Note: reads that nobody asked for, which are no faults: {report.extra_reads}.")
+        lines.append(
+            f"  Note: calls that nobody asked for and that changed nothing, which are no faults: {report.extra_reads}."
+        )
     lines += ["", *_failure_lines(report.failures)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -378,18 +387,38 @@ def save_report(
 ) -> None:
     """Writes a report into a folder: as JSON, what came of it as JSON, as text and as a page."""
     (folder / REPORT_FILE).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    verdict = verdict_of(report, gates, base=base, champion=champion)
+    (folder / VERDICT_FILE).write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
+    text = render_report(report, gates, base=base, champion=champion)
+    (folder / TEXT_FILE).write_text(text, encoding="utf-8")
+    page = render_page(report, verdict.gates, base=base, champion=champion)
+    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+
+
+def verdict_of(
+    report: EvalReport, gates: GateSettings, *, base: EvalReport | None = None, champion: EvalReport | None = None
+) -> EvalVerdict:
+    """Judges a report by the gates as they are set now, and compares it with the base model's and the champion's."""
     judged = [*gate_results(report, gates), *([champion_gate(report, champion, gates)] if champion else [])]
-    verdict = EvalVerdict(
+    return EvalVerdict(
         passed=all(gate.passed for gate in judged),
         gates=tuple(judged),
         against_base=() if base is None else compare(report, base),
         against_champion=() if champion is None else compare(report, champion),
     )
-    (folder / VERDICT_FILE).write_text(verdict.model_dump_json(indent=1), encoding="utf-8")
-    text = render_report(report, gates, base=base, champion=champion)
-    (folder / TEXT_FILE).write_text(text, encoding="utf-8")
-    page = render_page(report, judged, base=base, champion=champion)
-    (folder / PAGE_FILE).write_text(page, encoding="utf-8")
+
+
+def read_verdict(folder: Path) -> EvalVerdict:
+    """Reads what :func:`save_report` wrote of a report's gates and comparisons.
+
+    Raises:
+        PlatformError: it is missing or damaged.
+    """
+    path = folder / VERDICT_FILE
+    try:
+        return EvalVerdict.model_validate_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValidationError, UnicodeDecodeError) as error:
+        raise PlatformError(f"{path} is damaged: {error}. Evaluate the model again.") from error
 
 
 def load_report(folder: Path) -> EvalReport:
@@ -442,6 +471,11 @@ def _percent(rate: Rate) -> str:
     return "-" if rate.rate is None else f"{rate.rate:.1%}"
 
 
+def target_text(target: float) -> str:
+    """Returns what a rate must be: ``> 95%``, ``> 92.5%``."""
+    return f"> {target * 100:.10g}%"
+
+
 def _short_of(judged: float, target: float) -> str:
     """Returns by how much a rate misses its target; one that equals it misses it, too."""
     gap = (target - judged) * 100
@@ -449,7 +483,7 @@ def _short_of(judged: float, target: float) -> str:
 
 
 def _latency_lines(report: EvalReport, result: GateResult) -> list[str]:
-    hardware = ", ".join(report.hardware.gpus) or f"{report.hardware.cores} cores of {report.hardware.processor}"
+    hardware, where = report.measured_on, "there" if report.model_digest is None else "on this hardware"
     budget = f"budget of this profile {result.target:.0f} ms, specification's target {report.latency_target_ms:.0f} ms"
     if report.latency is None:
         return [f"latency: not measured; {budget}"]
@@ -457,9 +491,9 @@ def _latency_lines(report: EvalReport, result: GateResult) -> list[str]:
     first = "" if latency.first_token_p50_ms is None else f", first token p50 {latency.first_token_p50_ms:.0f} ms"
     within = "met" if latency.p95_ms < report.latency_target_ms else "not met"
     return [
-        f"latency of {latency.requests} single requests on {hardware}:",
+        f"latency of {latency.requests} single requests {hardware}:",
         f"  p50 {latency.p50_ms:.0f} ms, p95 {latency.p95_ms:.0f} ms, p99 {latency.p99_ms:.0f} ms{first}",
-        f"  {'PASS' if result.passed else 'FAIL'}: p95 against the {budget} ({within} on this hardware)",
+        f"  {'PASS' if result.passed else 'FAIL'}: p95 against the {budget} ({within} {where})",
     ]
 
 
@@ -472,7 +506,7 @@ def _load_lines(report: EvalReport) -> list[str]:
     )
     reached = report.load.saturated_at
     end = f"; not saturated (ended by: {report.load.ended})" if reached is None else f"; saturated at {reached}"
-    return [f"  under load (requests at once: throughput): {steps}{end}"]
+    return [f"  under load, of cases asked before (requests at once: throughput): {steps}{end}"]
 
 
 def _slice_lines(report: EvalReport) -> list[str]:

@@ -1,14 +1,16 @@
 """One evaluation from suite to report."""
 
 import asyncio
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from taskagent_platform.artifacts import code_version, digest_of
+from taskagent_platform.artifacts import code_version, digest_of, file_digest
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.evaluation.client import (
     CaseRun,
@@ -39,6 +41,8 @@ from taskagent_platform.settings import Settings
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done, how much of it is done, and of how much."""
+SERVED_WITH = ("dtype", "speculation", "enforce_eager", "max_model_len", "max_num_seqs")
+"""Settings of the server that a report is of."""
 _SCORER = tuple(f"evaluation/{name}.py" for name in ("answer", "client", "scoring", "suite"))
 
 
@@ -51,10 +55,19 @@ class _Asked(NamedTuple):
     samples: list[list[CaseRun]]
 
 
-def conditions(domain: Domain) -> str:
-    """Returns the digest of what two reports must share to be compared: the prompt, the tools and the scorer."""
-    prompt = domain.system_prompt(datetime.fromisoformat(DEFAULT_NOW))
-    return digest_of([prompt, domain.openai_tools(), code_version(*_SCORER)])
+def conditions(settings: Settings, domain: Domain, suites: Suites) -> str:
+    """Returns the digest of what two reports must share to be compared, beside their suites.
+
+    That is the prompt, the tools, the simulated backend with the fixtures that the suites name, the scorer, and the
+    limits and the precision that the model was asked with.
+    """
+    now = datetime.fromisoformat(DEFAULT_NOW)
+    fixtures = {case.fixture for suite in suites if suite is not None for case in suite.cases}
+    states = {name: domain.backend(now, name).snapshot() for name in sorted(fixtures)}
+    backend = inspect.getfile(type(domain.backend(now)))
+    limits = [settings.evaluation.max_turns, settings.serving.max_tokens, settings.serving.dtype]
+    simulated = [states, file_digest(Path(backend))]
+    return digest_of([domain.system_prompt(now), domain.openai_tools(), simulated, code_version(*_SCORER), limits])
 
 
 def evaluate(
@@ -119,7 +132,7 @@ def evaluate(
         latency_budget_ms=settings.gates.latency_p95_ms,
         latency_target_ms=settings.gates.latency_target_ms,
         cases=records,
-        settings=_settings_of(settings, domain),
+        settings=_settings_of(settings, domain, Suites(suite, robustness), served_here=model_digest is not None),
         hardware=this_hardware(),
         started=started,
         seconds=round(time.monotonic() - begin, 1),
@@ -242,16 +255,16 @@ def _record(domain: Domain, run: CaseRun) -> CaseRecord:
     )
 
 
-def _settings_of(settings: Settings, domain: Domain) -> dict[str, Any]:
+def _settings_of(settings: Settings, domain: Domain, suites: Suites, *, served_here: bool) -> dict[str, Any]:
     serving = settings.serving
+    # How a server that is not ours was started is not known.
+    started_with = {name: getattr(serving, name) for name in SERVED_WITH} if served_here else {}
     return {
         "profile": settings.profile,
-        "conditions": conditions(domain),
+        "conditions": conditions(settings, domain, suites),
         "max_tokens": serving.max_tokens,
         "temperature": 0.0,
-        "dtype": serving.dtype,
-        "speculation": serving.speculation,
-        "enforce_eager": serving.enforce_eager,
+        **started_with,
         "concurrency": settings.evaluation.concurrency,
         "max_turns": settings.evaluation.max_turns,
         "latency_requests": settings.evaluation.latency_requests,

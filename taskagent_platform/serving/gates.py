@@ -82,8 +82,8 @@ def read_champion_report(settings: Settings, domain: Domain, champion: Deploymen
     """Reads the report that a candidate is compared with.
 
     Raises:
-        PlatformError: it is missing or damaged, or says nothing of the champion on the present suites with the present
-            prompt, tools and scorer.
+        PlatformError: it is missing or damaged, or says nothing of the champion on the present suites under the present
+            conditions (:func:`~taskagent_platform.evaluation.run.conditions`).
     """
     from taskagent_platform.evaluation.report import load_report
     from taskagent_platform.evaluation.run import conditions
@@ -99,8 +99,8 @@ def read_champion_report(settings: Settings, domain: Domain, champion: Deploymen
     suites = domain_suites(domain, settings.evaluation.case_limit)
     if report.model_digest != champion.model_digest:
         raise PlatformError(f"The champion's report is of another model; {remedy}")
-    if report.suites != suites.digests or report.settings.get("conditions") != conditions(domain):
-        raise PlatformError(f"The champion was measured on other suites, or with another prompt or scorer; {remedy}")
+    if report.suites != suites.digests or report.settings.get("conditions") != conditions(settings, domain, suites):
+        raise PlatformError(f"The champion was measured on other suites or under other conditions; {remedy}")
     return report
 
 
@@ -108,6 +108,7 @@ def _mismatches(
     settings: Settings, domain: Domain, model: Manifest, manifest: Manifest, report: "EvalReport"
 ) -> list[str]:
     """Returns why the report says nothing of this model as it would be served now."""
+    from taskagent_platform.evaluation.run import SERVED_WITH
     from taskagent_platform.evaluation.suite import domain_suites
 
     problems = []
@@ -126,11 +127,12 @@ def _mismatches(
                 problems.append(f"The report holds other cases ({len(held)}) than the {name} ({len(cases)}).")
     if manifest.code_version != report_code_version(domain):
         problems.append("The report is stale: the code that evaluates changed since.")
-    serving = settings.serving
     served = {
-        "profile": settings.profile, "max_tokens": serving.max_tokens, "dtype": serving.dtype,
-        "speculation": serving.speculation, "enforce_eager": serving.enforce_eager,
-    }  # fmt: skip
+        "profile": settings.profile,
+        "max_tokens": settings.serving.max_tokens,
+        "max_turns": settings.evaluation.max_turns,
+        **{name: getattr(settings.serving, name) for name in SERVED_WITH},
+    }
     for name, value in served.items():
         measured = report.settings.get(name)
         if measured != value:

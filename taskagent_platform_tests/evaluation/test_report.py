@@ -152,7 +152,7 @@ def test_it_is_told_whether_the_load_was_enough(saturated_at: int | None, ended:
     point = {"concurrency": 1, "requests": 9, "requests_per_s": 1.5, "p50_ms": 600, "p95_ms": 700}
     load = {"points": [point], "saturated_at": saturated_at, "ended": ended}
     lines = render_report(report_of(ALL, load=load), GATES).splitlines()
-    assert f"  under load (requests at once: throughput): 1: 1.50/s at p95 700 ms{said}" in lines
+    assert f"  under load, of cases asked before (requests at once: throughput): 1: 1.50/s at p95 700 ms{said}" in lines
 
 
 def test_rate_of_nothing() -> None:

@@ -19,7 +19,7 @@ from taskagent_platform.evaluation.report import (
     save_report,
 )
 from taskagent_platform.evaluation.run import conditions, evaluate
-from taskagent_platform.evaluation.suite import Suite, load_suite
+from taskagent_platform.evaluation.suite import Suite, Suites, load_suite
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.evaluation.light_server import LightServer
 from taskagent_platform_tests.light_domain import LIGHTS
@@ -160,7 +160,9 @@ def test_an_error_of_a_tool_goes_back_to_the_model(settings: Settings, suite: Su
     report = measure(settings, suite, server)
     assert report.failures == ()
     assert report.extra_reads == 1
-    assert "reads that nobody asked for, which are no faults: 1." in render_report(report, settings.gates)
+    assert "calls that nobody asked for and that changed nothing, which are no faults: 1." in render_report(
+        report, settings.gates
+    )
     results = [m["content"] for body in server.bodies for m in body["messages"] if m["role"] == "tool"]
     assert '{"error": "not_found", "message": "there is no lamp lamp_9"}' in results
 
@@ -254,12 +256,13 @@ def test_slices_and_what_may_be_compared_are_in_the_report(settings: Settings, t
     path = tmp_path / "s.json"
     cases = [{"input": f"show {n}", "expected_tool": "list_lights", "slice": "terse"} for n in range(3)]
     path.write_text(json.dumps({"tool_selection": [*cases, {"input": "hmm", "expected_tool": "list_lights"}]}))
-    report = measure(settings, load_suite([path], LIGHTS), LightServer(RIGHT))
+    suite = load_suite([path], LIGHTS)
+    report = measure(settings, suite, LightServer(RIGHT))
     assert {name: (rate.correct, rate.total) for name, rate in report.slices.items()} == {
         "plain": (0, 1), "terse": (3, 3),
     }  # fmt: skip
     assert {case.slice for case in report.cases} == {"terse", ""}
-    assert report.settings["conditions"] == conditions(LIGHTS)
+    assert report.settings["conditions"] == conditions(settings, LIGHTS, Suites(suite, None))
 
 
 def test_robustness_cases_are_asked_beside_the_suite_and_counted_by_no_gate(
@@ -299,10 +302,16 @@ def test_the_case_limit_is_used_and_said(settings: Settings, suite: Suite) -> No
     assert "at most 2 cases of each list" in render_report(report, limited.gates)
 
 
-def test_a_conversation_longer_than_the_context_fails_its_case(settings: Settings, suite: Suite) -> None:
-    server = LightServer(RIGHT, failures=[(400, "This model's maximum context length is 4096 tokens.")])
-    report = measure(settings, suite, server)
-    assert len(report.failures) == 1
+@pytest.mark.parametrize("measure_latency", [True, False])
+def test_a_first_request_longer_than_the_context_ends_the_evaluation(
+    settings: Settings, suite: Suite, measure_latency: bool
+) -> None:
+    """Nothing is known of a model that was never reached; the refusal is neither its silence nor a fast answer."""
+    too_long = (400, "This model's maximum context length is 4096 tokens.")
+    for before in (0, len(suite.cases) - 1):
+        server = LightServer(RIGHT, failures=[None] * before + [too_long] * 50)
+        with pytest.raises(PlatformError, match=r"longer than its context: .* serving\.max_model_len"):
+            measure(settings, suite, server, measure_latency=measure_latency)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from taskagent_platform.evaluation.report import (
     metrics_of,
     save_report,
 )
-from taskagent_platform.evaluation.run import conditions
-from taskagent_platform.evaluation.suite import Case, domain_suites
+from taskagent_platform.evaluation.run import SERVED_WITH, conditions
+from taskagent_platform.evaluation.suite import Case, Suites, domain_suites
 from taskagent_platform.serving.gates import report_code_version
 from taskagent_platform.settings import Settings
 
@@ -119,8 +119,9 @@ def make_report(
         "latency_target_ms": settings.gates.latency_target_ms,
         "cases": tuple(cases),
         "settings": {
-            "profile": settings.profile, "conditions": conditions(domain), "max_tokens": serving.max_tokens,
-            "dtype": serving.dtype, "speculation": serving.speculation, "enforce_eager": serving.enforce_eager,
+            "profile": settings.profile, "conditions": conditions(settings, domain, Suites(suite, robustness)),
+            "max_tokens": serving.max_tokens, "max_turns": settings.evaluation.max_turns,
+            **{name: getattr(serving, name) for name in SERVED_WITH},
         },
         "hardware": Hardware(processor="p", cores=1, memory_gib=1, gpus=(), system="s"),
         "started": datetime.now(UTC),
