@@ -1,6 +1,7 @@
 """The champion's report: taken as it is while it holds, measured again on its own server where it does not."""
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.defs import eval_report
-from taskagent_platform.defs.eval_report import champion_report, model_server
+from taskagent_platform.defs.eval_report import _write_anew, champion_report, model_server
 from taskagent_platform.defs.platform import Stage
 from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.evaluation.report import TEXT_FILE, load_report, read_verdict
+from taskagent_platform.evaluation.run import conditions
 from taskagent_platform.evaluation.suite import domain_suites
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving.deployments import deploy, server_files, stop_all
@@ -98,3 +102,38 @@ def test_the_champions_report_is_measured_again_when_the_suites_changed(
     assert (again.metrics["abstention"].rate, again.metrics["tool_selection"].rate) == (1.0, 0.0)
     assert server_files(settings, domain.name, champion.digest).record_file.exists(), "its own server was asked"
     assert judge(settings, domain, candidate, report_folder).refusals == ()
+
+
+def test_a_report_that_is_kept_is_written_anew_when_the_gates_changed(
+    settings: Settings, domain: TaskApiDomain
+) -> None:
+    _, model = make_model(settings, "one")
+    folder = make_report(settings, domain, model)
+    report, manifest = load_report(folder), read_manifest(folder)
+    made_from = manifest.model_dump(include={"kind", "inputs", "settings", "code_version"})
+    same = stage_of(settings, domain, [])
+    _write_anew(same, made_from, report, None)
+    assert "base model" in (folder / TEXT_FILE).read_text(), "the base model's report is compared since"
+    written = read_manifest(folder).digest
+    _write_anew(same, made_from, report, None)
+    assert read_manifest(folder).digest == written
+    stricter = settings.model_copy(update={"gates": settings.gates.model_copy(update={"tool_selection": 0.9991})})
+    _write_anew(stage_of(stricter, domain, []), made_from, report, None)
+    assert "> 99.91%" in (folder / TEXT_FILE).read_text()
+    assert read_verdict(folder).gates[0].target == 0.9991
+    assert load_report(folder) == report
+
+
+def test_reports_of_different_simulated_backends_are_not_compared(settings: Settings, domain: TaskApiDomain) -> None:
+    suites = domain_suites(domain)
+    before = conditions(settings, domain, suites)
+    assert conditions(settings, domain, suites) == before
+
+    class Fuller(type(domain)):  # type: ignore[misc]
+        def backend(self, now: datetime, fixture: str = "default") -> Any:
+            backend = super().backend(now, fixture)
+            backend.execute("create_task", {"title": "one more"})
+            return backend
+
+    domain.__class__ = Fuller
+    assert conditions(settings, domain, suites) != before
