@@ -19,7 +19,8 @@ State = dict[str, list[dict[str, Any]]]
 
 _ARGUMENTS = {tool.name: tool.arguments for tool in TOOLS}
 _ARTICLES = re.compile(r"^(?:the|my|a|an|our) ")
-_NOT_WORDS = re.compile(r"[^\w\s]+")
+_PUNCTUATION = re.compile(r"[-\u2010-\u2015.,:;!?'\"\u2018-\u201f()\[\]{}/\\\u2026]+")
+"""What two spellings of a title may differ in; any other sign (``C#``, ``C++``, a picture) tells titles apart."""
 EMPTY: State = {"tasks": [], "projects": [], "events": [], "reminders": []}
 
 
@@ -121,12 +122,13 @@ class TaskApiBackend(Backend):
         return reminder
 
     def _find(self, kind: str, id_name: str, title_name: str, wanted: str) -> dict[str, Any]:
-        """Returns the one entry that ``wanted`` means: by exact id, else by a unique title."""
+        """Returns the one entry that ``wanted`` means: by id, else by its title as it stands, else by one like it."""
         entries = self._state[kind]
         for entry in entries:
             if entry[id_name] == wanted:
                 return entry
-        same = [entry for entry in entries if _title_key(entry[title_name]) == _title_key(wanted)]
+        same = [entry for entry in entries if entry[title_name].casefold() == wanted.casefold()]
+        same = same or [entry for entry in entries if _title_key(entry[title_name]) == _title_key(wanted)]
         noun = kind.removesuffix("s")
         if not same:
             raise ToolError(404, "not_found", f"there is no {noun} {wanted}")
@@ -145,8 +147,9 @@ class TaskApiBackend(Backend):
 
 def _title_key(text: str) -> str:
     """Returns what two spellings of a title share: no case, punctuation, article or extra spaces."""
-    words = " ".join(_NOT_WORDS.sub(" ", text.casefold()).split())
-    return _ARTICLES.sub("", words)
+    words = " ".join(_PUNCTUATION.sub(" ", text.casefold()).split())
+    # What is nothing but punctuation is like itself alone.
+    return _ARTICLES.sub("", words) or text
 
 
 def _matches(task: dict[str, Any], wanted: dict[str, Any]) -> bool:

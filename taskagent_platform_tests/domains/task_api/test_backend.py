@@ -36,6 +36,19 @@ def test_an_exact_id_wins_over_a_title(backend):
     assert backend.execute("delete_task", {"task_id": "45"})["title"] == "Write release notes"
 
 
+def test_a_title_is_told_apart_by_its_signs_and_taken_as_it_stands_first(backend):
+    """What a person approves by its title must not be another task."""
+    made = {
+        title: backend.execute("create_task", {"title": title})["task_id"]
+        for title in ("C++", "🎉", "Plan: B", "plan b")
+    }
+    for other in ("C#", "C", "🔥", "...", "!!!"):
+        with pytest.raises(ToolError, match=r"there is no task"):
+            backend.execute("delete_task", {"task_id": other})
+    for title, task_id in made.items():
+        assert backend.execute("delete_task", {"task_id": title.upper()})["task_id"] == task_id
+
+
 def test_an_ambiguous_title_is_refused_with_its_candidates(backend):
     backend.execute("create_task", {"title": "Water the plants"})
     before = backend.snapshot()
