@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.launchers.worker_files import EXIT, RECORD, STOP
-from taskagent_platform.process_identity import living_process
+from taskagent_platform.process_identity import boot_id, living_process, start_ticks
 from taskagent_platform.settings import PROJECT_ROOT
 
 RUN_VARIABLE = "TASKAGENT_RUN"
@@ -44,7 +44,8 @@ class Worker(BaseModel):
         attempt: 0 at first, then the number of the resumption.
         host: the machine or container that it runs in; its pid means nothing elsewhere.
         pid: its supervisor's, and its process group's.
-        create_time: of the supervisor (seconds since the epoch); with the pid it names one process.
+        create_time: when it was started, in clock ticks since the boot; with pid and boot it names one process.
+        boot_id: the boot of the machine that the pid belongs to.
         gpus: the GPUs that are its own while it lives.
     """
 
@@ -55,6 +56,7 @@ class Worker(BaseModel):
     host: str
     pid: int
     create_time: float
+    boot_id: str = ""
     gpus: tuple[str, ...]
 
 
@@ -231,7 +233,8 @@ class RunWorkers:
             attempt=attempt,
             host=socket.gethostname(),
             pid=process.pid,
-            create_time=psutil.Process(process.pid).create_time(),
+            create_time=start_ticks(process.pid),
+            boot_id=boot_id(),
             gpus=gpus,
         )
         # The supervisor waits for it: without its record it starts nothing.
@@ -248,7 +251,7 @@ class RunWorkers:
 
     def _is_alive(self, worker: Worker) -> bool:
         if worker.host == socket.gethostname():
-            return living_process(worker.pid, worker.create_time) is not None
+            return living_process(worker.pid, worker.create_time, worker.boot_id) is not None
         # Another container's processes cannot be seen; its supervisor touches the record as long as it lives.
         try:
             touched = (self._folder(worker.run_id, worker.attempt) / RECORD).stat().st_mtime

@@ -61,7 +61,7 @@ def _is_wanted(record_file: Path) -> bool:
         return False
     if record["detached"]:
         return True
-    return living_process(record["owner_pid"], record["owner_create_time"]) is not None
+    return living_process(record["owner_pid"], record["owner_create_time"], record["boot_id"]) is not None
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The gateway's process: detached, known again by pid and creation time, and ended alone."""
+"""The gateway's process: detached, known again by pid, boot and start, and ended alone."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.process_identity import living_process
+from taskagent_platform.process_identity import boot_id, living_process, start_ticks
 from taskagent_platform.serving.active import active_file, endpoint_url
 from taskagent_platform.serving.server import check_port
 from taskagent_platform.settings import Settings
@@ -30,7 +30,8 @@ class GatewayProcess(BaseModel):
 
     Attributes:
         pid: its process.
-        create_time: when that process was created (seconds since the epoch); with the pid it names one process.
+        create_time: when it was started, in clock ticks since the boot; with pid and boot it names one process.
+        boot_id: the boot of the machine that the pid belongs to.
         host: where it listens.
         port: where it listens.
         requests_per_minute: its limit for each client.
@@ -41,6 +42,7 @@ class GatewayProcess(BaseModel):
 
     pid: int
     create_time: float
+    boot_id: str = ""
     host: str
     port: int
     requests_per_minute: int
@@ -50,7 +52,7 @@ class GatewayProcess(BaseModel):
 def running_gateway(settings: Settings) -> GatewayProcess | None:
     """Returns the profile's gateway where it runs. Raises PlatformError where its record is damaged."""
     record = _read(settings)
-    return record if record is not None and living_process(record.pid, record.create_time) is not None else None
+    return record if record is not None and _process(record) is not None else None
 
 
 def start_gateway(settings: Settings) -> GatewayProcess:
@@ -92,7 +94,8 @@ def start_gateway(settings: Settings) -> GatewayProcess:
     try:
         started = GatewayProcess(
             pid=process.pid,
-            create_time=psutil.Process(process.pid).create_time(),
+            create_time=start_ticks(process.pid),
+            boot_id=boot_id(),
             host=serving.host,
             port=serving.port,
             requests_per_minute=serving.requests_per_minute,
@@ -111,7 +114,7 @@ def start_gateway(settings: Settings) -> GatewayProcess:
 def stop_gateway(settings: Settings) -> bool:
     """Ends the profile's gateway, after the requests on their way, and returns whether it ran."""
     record = _read(settings)
-    process = living_process(record.pid, record.create_time) if record is not None else None
+    process = _process(record) if record is not None else None
     if process is not None:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -120,6 +123,10 @@ def stop_gateway(settings: Settings) -> bool:
                 _ends(process)
     _record_file(settings).unlink(missing_ok=True)
     return process is not None
+
+
+def _process(record: GatewayProcess) -> psutil.Process | None:
+    return living_process(record.pid, record.create_time, record.boot_id)
 
 
 def _ends(process: psutil.Process) -> bool:

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.process_identity import CREATE_TIME_TOLERANCE_S, living_process
+from taskagent_platform.process_identity import boot_id, living_process, start_ticks
 from taskagent_platform.settings import Settings
 
 LOOPBACK = "127.0.0.1"
@@ -55,11 +55,12 @@ class Server(BaseModel):
     Attributes:
         name: the model name that clients ask for.
         pid: the leader of the server's process group.
-        create_time: when that process was created (seconds since the epoch); with the pid it names one process.
+        create_time: when it was started, in clock ticks since the boot; with pid and boot it names one process.
         boot_id: the boot of the machine that the pid belongs to.
         base_url: the OpenAI-compatible API, ending in ``/v1``.
         model_digest: the digest of the model folder that is served.
         owner_pid: the process that the server belongs to until it is detached.
+        owner_create_time: when that one was started, in clock ticks since the boot.
         cold_start_s: seconds from start to the first healthy answer; None while it loads.
         detached: it outlives its owner.
     """
@@ -151,8 +152,8 @@ def start_server(
         server = Server(
             name=name,
             pid=process.pid,
-            create_time=psutil.Process(process.pid).create_time(),
-            boot_id=_boot_id(),
+            create_time=start_ticks(process.pid),
+            boot_id=boot_id(),
             host=host,
             port=port,
             base_url=f"http://{_address(host)}:{port}/v1",
@@ -161,7 +162,7 @@ def start_server(
             log_file=log_file.resolve(),
             record_file=record_file.resolve(),
             owner_pid=owner.pid,
-            owner_create_time=owner.create_time(),
+            owner_create_time=start_ticks(owner.pid),
             started=datetime.now(UTC),
         )
         write_server(server)
@@ -207,7 +208,7 @@ def stop_server(server: Server, *, patience_s: float = _STOP_PATIENCE_S) -> bool
 
 def server_is_alive(server: Server) -> bool:
     """Tells whether the process of the record is running and is the one that was started."""
-    return server.boot_id == _boot_id() and living_process(server.pid, server.create_time) is not None
+    return living_process(server.pid, server.create_time, server.boot_id) is not None
 
 
 def why_ended(server: Server, *, patience_s: float = 3.0) -> str | None:
@@ -483,23 +484,16 @@ def _address(host: str) -> str:
     return LOOPBACK if host in ("0.0.0.0", "::", "") else host
 
 
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(round(psutil.boot_time()))
-
-
 def _own_processes(server: Server) -> Iterator[psutil.Process]:
     """Yields the running processes of a server's group.
 
-    The leader is known by pid and creation time. Where it is gone, a process is the server's if it is in the
+    The leader is known by pid, boot and start. Where it is gone, a process is the server's if it is in the
     leader's group and session, younger than the leader, and looks like vLLM; the kernel gives a pid to no new
     process while a group or session of that number has members.
     """
-    if server.boot_id != _boot_id():
+    if server.boot_id != boot_id():
         return
-    leader_lives = living_process(server.pid, server.create_time) is not None
+    leader_lives = server_is_alive(server)
     if not leader_lives and psutil.pid_exists(server.pid) and not _is_zombie(server.pid):
         return
     for process in psutil.process_iter():
@@ -508,7 +502,7 @@ def _own_processes(server: Server) -> Iterator[psutil.Process]:
                 continue
             if leader_lives or (
                 os.getsid(process.pid) == server.pid
-                and process.create_time() >= server.create_time - CREATE_TIME_TOLERANCE_S
+                and start_ticks(process.pid) >= server.create_time
                 and "vllm" in " ".join([process.name(), *process.cmdline()]).lower()
             ):
                 yield process

@@ -152,6 +152,14 @@ def test_a_pid_that_another_process_got_is_no_worker(workers):
     assert workers.leases() == {"0": "run"}
 
 
+def test_a_worker_is_known_again_after_the_clock_was_set(workers, monkeypatch):
+    start(workers, "run", gpus=1)
+    seen(workers, "run")
+    booted = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted + 3600)
+    assert workers.leases() == {"0": "run"}
+
+
 def test_a_worker_of_another_container_lives_as_long_as_it_touches_its_record(workers):
     worker = start(workers, "run", gpus=1)
     seen(workers, "run")

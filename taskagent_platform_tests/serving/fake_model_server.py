@@ -3,6 +3,7 @@
 ``start_fake_server`` takes the place of ``start_server``.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -11,9 +12,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
-
 from taskagent_platform.artifacts import read_manifest
+from taskagent_platform.process_identity import boot_id, start_ticks
 from taskagent_platform.serving.server import Server, free_port, server_command, write_server
 from taskagent_platform.settings import Settings
 
@@ -38,13 +38,12 @@ def start_fake_server(
     process = subprocess.Popen(
         [sys.executable, str(_PROGRAM), str(record_file), "--", *command], start_new_session=True
     )
-    owner = psutil.Process()
     server = Server(
-        name=name, pid=process.pid, create_time=psutil.Process(process.pid).create_time(),
-        boot_id=Path("/proc/sys/kernel/random/boot_id").read_text().strip(), host="127.0.0.1", port=port,
-        base_url=f"http://127.0.0.1:{port}/v1", model_digest=read_manifest(model_folder).digest,
+        name=name, pid=process.pid, create_time=start_ticks(process.pid), boot_id=boot_id(),
+        host="127.0.0.1", port=port, base_url=f"http://127.0.0.1:{port}/v1",
+        model_digest=read_manifest(model_folder).digest,
         model_folder=model_folder.resolve(), log_file=log_file.resolve(), record_file=record_file.resolve(),
-        owner_pid=owner.pid, owner_create_time=owner.create_time(), started=datetime.now(UTC), cold_start_s=0.1,
+        owner_pid=os.getpid(), owner_create_time=start_ticks(os.getpid()), started=datetime.now(UTC), cold_start_s=0.1,
         detached=detached,
     )  # fmt: skip
     write_server(server)

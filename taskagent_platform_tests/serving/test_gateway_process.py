@@ -35,6 +35,15 @@ def test_the_gateway_starts_once_answers_outlives_the_starter_and_stops(settings
     assert not stop_gateway(settings)
 
 
+def test_the_gateway_is_known_again_after_the_clock_was_set(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = start_gateway(settings)
+    booted = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted + 3600)
+    assert running_gateway(settings) == gateway
+
+
 def test_a_port_that_someone_else_uses_is_one_clear_sentence(settings: Settings) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", settings.serving.port))

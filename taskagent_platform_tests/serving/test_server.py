@@ -18,6 +18,7 @@ import pytest
 
 from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving import _supervisor
 from taskagent_platform.serving import server as module
 from taskagent_platform.serving.server import (
     Server,
@@ -144,6 +145,18 @@ def test_a_process_that_only_has_the_pid_is_left_alone(start: Start) -> None:
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_a_server_and_its_owner_are_known_again_after_the_clock_was_set(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    booted = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted + 3600)
+    assert server_is_alive(server)
+    assert _supervisor._is_wanted(server.record_file)
+    assert stop_server(server)
+    assert ends(server, 5)
 
 
 OWNER = """
