@@ -57,7 +57,7 @@ ui: env ## open Dagster on the demo's instance
 mlflow: env ## open MLflow on the demo's runs
 	@$(BIN)/taskagent mlflow
 
-stop: ## stop the servers that the project started, and only those
+stop: ## stop the runs and servers that the project started, and only those
 	@if [ -x $(BIN)/taskagent ]; then $(BIN)/taskagent stop; else echo "Nothing was started: there is no .venv yet."; fi
 
 # The locks name no registry. Wheels for the CPU come from where `make env` takes them; such a place must not offer

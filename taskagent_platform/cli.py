@@ -267,13 +267,15 @@ def status() -> None:
 @app.command()
 def stop() -> None:
     """Stop the runs, model servers, gateway and pages that the platform started, and only those."""
+    from taskagent_platform.job_process import stop_jobs
     from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers
     from taskagent_platform.serving.deployments import stop_all
 
     settings = _settings()
     workers = RunWorkers(settings.home / "dagster" / FOLDER)
-    # First, so that no run starts a server again.
-    stopped = [f"run {run_id[:8]}, which Dagster had started" for run_id in workers.stop_all()]
+    # Runs first, so that none starts a server again.
+    stopped = stop_jobs(settings)
+    stopped += [f"run {run_id[:8]}, which Dagster had started" for run_id in workers.stop_all()]
     stopped += stop_all(settings)
     stopped += _stop_pages(settings)
     for text in stopped:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +13,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import uuid4
 
+import psutil
+
 from taskagent_platform.defs.instance import instance_environment
+from taskagent_platform.process_identity import marked_process, process_mark
 from taskagent_platform.serving.server import read_server, stop_server
 from taskagent_platform.settings import PROJECT_ROOT, Settings
 
@@ -24,6 +28,9 @@ _REQUEST_TAG = "taskagent/request"
 _POLL_S = 0.5
 _BATCH = 500
 _PATIENCE_S = 45.0
+_END_PATIENCE_S = _PATIENCE_S + 15.0
+_JOBS = "jobs"
+"""Folder of the home that names, for every job that runs, the process that waits for it."""
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -102,7 +109,7 @@ def start_job(
     asked = {"job": job, "tags": {_REQUEST_TAG: request}, "run_config": dict(run_config or {}), "parent": os.getpid()}
     environment = instance_environment(settings)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PROJECT_ROOT), environment.get("PYTHONPATH")]))
-    with _as_keyboard_interrupt(), log.open("wb") as output:
+    with _as_keyboard_interrupt(), _recorded(settings, job), log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, json.dumps(asked)],
             stdin=subprocess.DEVNULL,
@@ -116,6 +123,45 @@ def start_job(
             yield running
         finally:
             _end(running, settings, say)
+
+
+def stop_jobs(settings: Settings) -> list[str]:
+    """Interrupts every process that waits for a job, and waits until it has ended the run and itself.
+
+    Returns:
+        What was stopped, and what could not be, one text each.
+    """
+    told = []
+    for record in sorted((settings.home / _JOBS).glob("*")):
+        try:
+            mark = record.read_text()
+        except FileNotFoundError:
+            continue  # the job has just ended
+        process = marked_process(mark)
+        if process is None:
+            record.unlink(missing_ok=True)
+            continue
+        with suppress(psutil.NoSuchProcess):
+            # Taken as Ctrl-C is, which itself passes by what a shell started in the background.
+            process.terminate()
+        name = f"the run of the job {record.stem} (process {process.pid})"
+        deadline = time.monotonic() + _END_PATIENCE_S
+        while (goes_on := marked_process(mark) is not None) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        told.append(f"not {name}: it goes on after {_END_PATIENCE_S:.0f} s" if goes_on else name)
+    return told
+
+
+@contextmanager
+def _recorded(settings: Settings, job: str) -> Iterator[None]:
+    """Leaves word of this process for :func:`stop_jobs` during the block."""
+    record = settings.home / _JOBS / f"{job}.{os.getpid()}"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(process_mark(psutil.Process()))
+    try:
+        yield
+    finally:
+        record.unlink(missing_ok=True)
 
 
 def _end(running: JobProcess, settings: Settings, say: Callable[[str], None]) -> None:

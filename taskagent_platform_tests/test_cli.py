@@ -327,6 +327,59 @@ def test_stop_ends_open_pages_with_their_children_and_no_other_process():
             process.wait()
 
 
+_JOB = """
+import signal, sys
+from taskagent_platform import job_process
+from taskagent_platform.demo import INTERRUPTED
+from taskagent_platform.settings import load_settings
+class Instance:
+    def get_runs(self, **_):
+        return []
+# As a shell starts what runs in the background.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+job_process._MODULE = "endless"
+try:
+    with job_process.start_job(load_settings(), Instance(), "sweep") as run:
+        for _ in run.events():
+            if "ready" in run.last_words():
+                print(run.process.pid, flush=True)
+except KeyboardInterrupt:
+    sys.exit(INTERRUPTED)
+"""
+
+
+def test_stop_interrupts_a_job_that_another_process_waits_for_and_no_other_process(tmp_path):
+    (tmp_path / "endless.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", _JOB], env={**os.environ, "PYTHONPATH": search}, stdout=subprocess.PIPE, text=True
+    )
+    other = subprocess.Popen(["sleep", "600"])
+    assert waiting.stdout is not None
+    try:
+        job = psutil.Process(int(waiting.stdout.readline()))
+        folder = load_settings().home / "jobs"
+        # An old record, whose process number is somebody else's by now.
+        (folder / f"demo.{other.pid}").write_text(f"{other.pid}@1@boot")
+        done = invoke("stop")
+        assert done.stdout == f"stopped the run of the job sweep (process {waiting.pid})\n"
+        assert waiting.wait(60) == 130
+        assert not job.is_running()
+        assert other.poll() is None
+        assert list(folder.iterdir()) == []
+        assert invoke("stop").stdout == "Nothing was running.\n"
+    finally:
+        for process in (waiting, other):
+            process.kill()
+            process.wait()
+        waiting.stdout.close()
+
+
 def is_answered(url: str) -> bool:
     try:
         return httpx.get(url, trust_env=False, timeout=10).is_success
