@@ -19,7 +19,7 @@ import secrets
 import sys
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,8 @@ class ApiKeys:
         shown = _key_hash(key)
         found = None
         for name, stored in self._read().items():
-            if hmac.compare_digest(stored, shown):
+            # As bytes: of texts it takes ASCII only, and the file may hold anything.
+            if hmac.compare_digest(stored.encode("utf-8", "surrogatepass"), shown.encode()):
                 found = name
         return found
 
@@ -209,7 +210,7 @@ def create_app(active_path: Path, *, requests_per_minute: int, clock: Callable[[
             Route("/v1/{path:path}", gateway.forward, methods=["GET", "POST"]),
         ],
         lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error, PlatformError: _platform_error},
+        exception_handlers={HTTPException: _http_error, PlatformError: _platform_error, Exception: _fault},
     )
     return _AccessLog(app)
 
@@ -275,19 +276,18 @@ class _Gateway:
                 raise _unavailable(deployment) from again
         except httpx.HTTPError as error:
             raise _unavailable(deployment) from error
-        headers = {name: value for name, value in answer.headers.items() if name not in _HOP_BY_HOP}
-        headers[DIGEST_HEADER] = deployment.model_digest
-        return StreamingResponse(_relay(answer), answer.status_code, headers)
+        relayed = StreamingResponse(_relay(answer), answer.status_code, {DIGEST_HEADER: deployment.model_digest})
+        relayed.raw_headers += _passing(answer.headers.raw, _HOP_BY_HOP | {DIGEST_HEADER})
+        return relayed
 
     async def _send(self, deployment: Deployment, request: Request, body: bytes) -> httpx.Response:
-        headers = [(name, value) for name, value in request.headers.items() if name not in _NOT_FORWARDED]
         query = request.scope["query_string"]
         raw_path = request.scope["raw_path"] + (b"?" + query if query else b"")
         outgoing = self.client.build_request(
             request.method,
             # As the client wrote it: both addresses have their API under /v1.
             httpx.URL(deployment.base_url).copy_with(raw_path=raw_path),
-            headers=[*headers, ("accept-encoding", "identity")],
+            headers=[*_passing(request.headers.raw, _NOT_FORWARDED), (b"accept-encoding", b"identity")],
             content=body or None,
         )
         sending = asyncio.ensure_future(self.client.send(outgoing, stream=True))
@@ -328,7 +328,7 @@ class _Gateway:
             return deployed[0]
         try:
             parsed = json.loads(body) if body else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HTTPException(400, f"The body is not JSON: {error}") from error
         wanted = parsed.get("model") if isinstance(parsed, dict) else None
         for deployment in deployed:
@@ -377,6 +377,11 @@ def _champions(active: ActiveDeployments) -> list[Deployment]:
     return [deployments.active for deployments in active.domains.values()]
 
 
+def _passing(headers: Iterable[tuple[bytes, bytes]], held_back: Collection[str]) -> list[tuple[bytes, bytes]]:
+    """Returns the headers that pass, in lower case and otherwise as they came: a value may hold any bytes."""
+    return [(name.lower(), value) for name, value in headers if name.decode("latin-1").lower() not in held_back]
+
+
 async def _read_body(request: Request) -> bytes:
     too_large = HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
     length = request.headers.get("content-length", "0")
@@ -421,6 +426,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _platform_error(request: Request, error: Exception) -> Response:
     return _error(503, str(error), {})
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    # What went wrong is in the log; a client may not be meant to read it.
+    return _error(500, "The gateway failed; its log says why.", {})
 
 
 def _error(status: int, message: str, headers: dict[str, str]) -> Response:

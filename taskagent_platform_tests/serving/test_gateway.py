@@ -66,7 +66,7 @@ class Upstream:
                 "choices": [{"index": 0, "finish_reason": "stop",
                              "message": {"role": "assistant", "content": f"from {self.name}"}}],
             },
-            headers={"connection": "close", "x-request-id": "7"},
+            headers={"connection": "close", "x-request-id": "7", "x-user": request.headers.get("x-user", "")},
         )  # fmt: skip
 
     async def chunks(self) -> AsyncIterator[str]:
@@ -134,6 +134,28 @@ def test_a_request_reaches_the_active_deployment_unchanged_and_the_answer_names_
     assert "authorization" not in upstream.headers[0]
 
 
+def test_headers_that_are_not_ascii_pass_both_ways_as_they_came(stage: Stage) -> None:
+    upstream, url = stage.upstream("task_api")
+    stage.deploy("task_api", url, "d1")
+    name = "Jürgen ✓".encode()
+    answer = stage.client().post("/v1/chat/completions", json={"model": "task_api"}, headers={b"x-user": name})
+    assert answer.status_code == 200
+    assert upstream.headers[0]["x-user"] == name.decode("latin-1")
+    assert (b"x-user", name) in answer.headers.raw
+
+
+def test_a_fault_of_the_gateway_answers_in_the_shape_that_clients_look_for(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("private words")
+
+    monkeypatch.setattr("taskagent_platform.serving.gateway._Gateway._choose", fail)
+    answer = stage.client().post("/v1/chat/completions", json={})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert "private" not in answer.text
+
+
 def test_a_stream_passes_through_openais_client(stage: Stage) -> None:
     _, url = stage.upstream("task_api")
     stage.deploy("task_api", url, "d1")
@@ -169,7 +191,8 @@ def test_the_model_name_chooses_among_domains_and_a_single_server_judges_it_itse
     assert (unknown.status_code, unknown.json()["error"]["message"]) == (
         404, "There is no model 'gpt' here; there are task_api, support.",
     )  # fmt: skip
-    assert client.post("/v1/chat/completions", content=b"{").status_code == 400
+    for body in (b"{", b"[" * 100_000):
+        assert client.post("/v1/chat/completions", content=body).status_code == 400
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["task_api", "support"]
 
 
@@ -259,6 +282,8 @@ def test_keys_are_needed_once_one_was_made_and_are_stored_hashed(stage: Stage) -
     assert client.get("/deployment").status_code == 401
     # The limit belongs to the key: one client's requests do not use up another's.
     assert [post(ann), post(ann), post(ann), post(bob)] == [200, 200, 429, 200]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eve": "schlüssel", "mal": "\ud800"}))
+    assert [post("tk-wrong"), post(bob)] == [401, 200]
     file.write_text("[]")
     assert post(bob) == 503
 
