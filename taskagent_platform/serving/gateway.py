@@ -242,16 +242,18 @@ class _Gateway:
         deployed = _champions(self._active.read())
         if not deployed:
             raise _nothing_deployed()
-        listed: list[Any] = []
-        for deployment in deployed:
-            try:
-                answer = await self.client.get(f"{deployment.base_url}/models")
-                answer.raise_for_status()
-                listed += answer.json()["data"]
-            except (httpx.HTTPError, ValueError, KeyError) as error:
-                raise _unavailable(deployment) from error
-        headers = {DIGEST_HEADER: ", ".join(deployment.model_digest for deployment in deployed)}
-        return JSONResponse({"object": "list", "data": listed}, headers=headers)
+        answers = await asyncio.gather(*(self._models_of(deployment) for deployment in deployed))
+        # One domain's server that is down hides no other domain's models.
+        listed = [
+            (deployment.model_digest, models)
+            for deployment, models in zip(deployed, answers, strict=True)
+            if models is not None
+        ]
+        if not listed:
+            raise _unavailable(deployed[0])
+        data = [model for _, models in listed for model in models]
+        headers = {DIGEST_HEADER: ", ".join(digest for digest, _ in listed)}
+        return JSONResponse({"object": "list", "data": data}, headers=headers)
 
     async def forward(self, request: Request) -> Response:
         self._admit(request)
@@ -336,6 +338,15 @@ class _Gateway:
                 return deployment
         names = ", ".join(deployment.model_name for deployment in deployed)
         raise HTTPException(404, f"There is no model {wanted!r} here; there are {names}.")
+
+    async def _models_of(self, deployment: Deployment) -> list[Any] | None:
+        """Returns what a deployment's server lists; None for one that does not answer."""
+        try:
+            answer = await self.client.get(f"{deployment.base_url}/models", timeout=_HEALTH_TIMEOUT_S)
+            answer.raise_for_status()
+            return list(answer.json()["data"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
 
     async def _answers(self, deployment: Deployment) -> bool:
         url = deployment.base_url.removesuffix("/v1") + "/health"

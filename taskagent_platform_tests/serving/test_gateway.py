@@ -196,6 +196,17 @@ def test_the_model_name_chooses_among_domains_and_a_single_server_judges_it_itse
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["task_api", "support"]
 
 
+def test_models_whose_servers_answer_are_listed_without_the_others(stage: Stage) -> None:
+    _, url = stage.upstream("support")
+    client = stage.client()
+    stage.deploy("task_api", "http://127.0.0.1:9", "d1")
+    assert client.get("/v1/models").status_code == 503
+    stage.deploy("support", url, "d2")
+    answer = client.get("/v1/models")
+    assert [model["id"] for model in answer.json()["data"]] == ["support"]
+    assert answer.headers["x-model-digest"] == "d2"
+
+
 def test_nothing_deployed_and_a_dead_server_are_said_plainly(stage: Stage) -> None:
     client = stage.client()
     for answer in (client.get("/v1/models"), client.post("/v1/chat/completions", json={})):
