@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from taskagent_platform.artifacts import code_version
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.process_identity import boot_id, living_process, start_ticks
 from taskagent_platform.serving.active import active_file, endpoint_url
@@ -36,6 +37,7 @@ class GatewayProcess(BaseModel):
         port: where it listens.
         requests_per_minute: its limit for each client.
         log_file: takes its access log.
+        code_version: of the source files that it runs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +49,7 @@ class GatewayProcess(BaseModel):
     port: int
     requests_per_minute: int
     log_file: Path
+    code_version: str = ""
 
 
 def running_gateway(settings: Settings) -> GatewayProcess | None:
@@ -56,7 +59,7 @@ def running_gateway(settings: Settings) -> GatewayProcess | None:
 
 
 def start_gateway(settings: Settings) -> GatewayProcess:
-    """Returns the running gateway; starts it where none runs, and anew where the settings ask for another.
+    """Returns the running gateway; starts it where none runs, and anew where settings or code changed.
 
     Raises:
         PlatformError: something else listens on ``serving.port``, or it does not start.
@@ -64,8 +67,8 @@ def start_gateway(settings: Settings) -> GatewayProcess:
     serving = settings.serving
     running = running_gateway(settings)
     if running is not None:
-        if (running.host, running.port, running.requests_per_minute) == (
-            serving.host, serving.port, serving.requests_per_minute,
+        if (running.host, running.port, running.requests_per_minute, running.code_version) == (
+            serving.host, serving.port, serving.requests_per_minute, _code_version(),
         ):  # fmt: skip
             return running
         stop_gateway(settings)
@@ -100,6 +103,7 @@ def start_gateway(settings: Settings) -> GatewayProcess:
             port=serving.port,
             requests_per_minute=serving.requests_per_minute,
             log_file=log_file,
+            code_version=_code_version(),
         )
         _write(settings, started)
         _wait_until_up(settings, process, log_file)
@@ -123,6 +127,11 @@ def stop_gateway(settings: Settings) -> bool:
                 _ends(process)
     _record_file(settings).unlink(missing_ok=True)
     return process is not None
+
+
+def _code_version() -> str:
+    # An older gateway cannot read an active.json that has grown a field; the gates are part of that.
+    return code_version("serving", "evaluation/gate.py")
 
 
 def _process(record: GatewayProcess) -> psutil.Process | None:

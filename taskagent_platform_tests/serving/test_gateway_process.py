@@ -44,6 +44,16 @@ def test_the_gateway_is_known_again_after_the_clock_was_set(
     assert running_gateway(settings) == gateway
 
 
+def test_a_gateway_of_an_earlier_version_is_replaced(settings: Settings) -> None:
+    earlier = start_gateway(settings)
+    record = settings.home / "smoke" / "gateway.json"
+    record.write_text(earlier.model_copy(update={"code_version": ""}).model_dump_json())
+    gateway = start_gateway(settings)
+    assert gateway.pid != earlier.pid
+    assert not psutil.pid_exists(earlier.pid)
+    assert running_gateway(settings) == gateway
+
+
 def test_a_port_that_someone_else_uses_is_one_clear_sentence(settings: Settings) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", settings.serving.port))
