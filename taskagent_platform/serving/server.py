@@ -299,6 +299,8 @@ def server_environment(settings: Settings) -> dict[str, str]:
     }
     # vLLM starts three processes; without bytecode each of them compiles vLLM and torch from source (100 s, not 37 s).
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    # vLLM would ask this platform for it; keys are the gateway's.
+    environment.pop("VLLM_API_KEY", None)
     # The supervisor imports this package, also where it is used from a checkout that is not installed.
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
