@@ -21,6 +21,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from taskagent_platform.errors import PlatformError
 from taskagent_platform.serving.active import DIGEST_HEADER, ActiveDeployments, Deployment, read_active
 
 MAX_BODY_BYTES = 4 << 20
+_LOG_BYTES = 10 << 20
 _WINDOW_S = 60.0
 _MAX_CLIENTS = 10_000
 _CONNECT_TIMEOUT_S = 5.0
@@ -463,14 +465,23 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--requests-per-minute", type=int, required=True)
+    parser.add_argument("--log-file", type=Path, help="takes the log; standard error if not given")
     arguments = parser.parse_args()
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    # Moved aside when it is full, so that the last part is always there; whoever starts this may append to it, too.
+    handler = (
+        logging.StreamHandler(sys.stderr)
+        if arguments.log_file is None
+        else RotatingFileHandler(arguments.log_file, maxBytes=_LOG_BYTES, backupCount=1, encoding="utf-8")
+    )
+    logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     uvicorn.run(
         create_app(arguments.active, requests_per_minute=arguments.requests_per_minute),
         host=arguments.host,
         port=arguments.port,
         access_log=False,
+        # Its own would write past the log file.
+        log_config=None,
         log_level="warning",
         # An address that a client claims in a header is not the one that the limit counts.
         proxy_headers=False,

@@ -23,7 +23,6 @@ from taskagent_platform.settings import Settings
 _START_TIMEOUT_S = 60.0
 _STOP_PATIENCE_S = 35.0
 _POLL_S = 0.1
-_LOG_BYTES = 10 << 20
 
 
 class GatewayProcess(BaseModel):
@@ -36,7 +35,7 @@ class GatewayProcess(BaseModel):
         host: where it listens.
         port: where it listens.
         requests_per_minute: its limit for each client.
-        log_file: takes its access log.
+        log_file: takes its log; what is older is in the file of this name with ``.1``.
         code_version: of the source files that it runs.
     """
 
@@ -79,12 +78,12 @@ def start_gateway(settings: Settings) -> GatewayProcess:
     command = [
         sys.executable, "-m", "taskagent_platform.serving.gateway", "--active", str(active), "--host", serving.host,
         "--port", str(serving.port), "--requests-per-minute", str(serving.requests_per_minute),
+        "--log-file", str(log_file),
     ]  # fmt: skip
     # It imports this package also where that is used from a checkout that is not installed.
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    mode = "ab" if log_file.exists() and log_file.stat().st_size < _LOG_BYTES else "wb"
-    with log_file.open(mode) as log:
+    with log_file.open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

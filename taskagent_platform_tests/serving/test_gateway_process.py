@@ -54,6 +54,20 @@ def test_a_gateway_of_an_earlier_version_is_replaced(settings: Settings) -> None
     assert running_gateway(settings) == gateway
 
 
+def test_the_log_is_moved_aside_when_it_is_full_and_loses_no_line_by_that(settings: Settings) -> None:
+    log_file = settings.home / "smoke" / "gateway.log"
+    log_file.parent.mkdir(parents=True)
+    log_file.write_text("an old line\n" + "x" * ((10 << 20) - 100) + "\n")
+    assert start_gateway(settings).log_file == log_file
+    for number in range(3):
+        httpx.get(f"http://127.0.0.1:{settings.serving.port}/{number}", trust_env=False)
+    stop_gateway(settings)
+    older = log_file.with_name("gateway.log.1").read_text()
+    assert older.startswith("an old line\n")
+    assert log_file.stat().st_size < 10_000
+    assert all(f"GET '/{number}' 404" in older + log_file.read_text() for number in range(3))
+
+
 def test_a_port_that_someone_else_uses_is_one_clear_sentence(settings: Settings) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", settings.serving.port))
