@@ -120,7 +120,7 @@ def ask(
     settings = _settings()
     moment = _moment(now) if now is not None else None
     asked_of = _domain(settings, domain)
-    answer = ask_agent(settings, asked_of, text, yes=yes, now=moment, base_url=endpoint, echo=typer.echo)
+    answer = ask_agent(settings, asked_of, text, yes=yes, now=moment, base_url=endpoint, echo=_echo)
     if any(call.outcome == "refused" for call in answer.calls):
         raise typer.Exit(1)
 
@@ -403,6 +403,15 @@ def remove_key(name: Annotated[str, typer.Argument(help="Whose key is taken back
     left = _keys().remove(name)
     rest = f"{left} left." if left else "No key is left: nobody gets in."
     typer.echo(f"The key of {name} is no longer accepted. {rest}")
+
+
+def _echo(line: str) -> None:
+    """Prints a line; where its reader is gone (`| head`), everything from it on goes nowhere."""
+    try:
+        typer.echo(line)
+    except BrokenPipeError:
+        # Python itself would complain of what is left in the buffer when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _keys() -> "ApiKeys":

@@ -21,6 +21,7 @@ from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.report import EvalReport
 from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import load_settings
+from taskagent_platform_tests.agent.scripted_server import ScriptedServer, call
 from taskagent_platform_tests.evaluation.light_server import LightServer
 from taskagent_platform_tests.serving.fake_server import serve
 
@@ -263,6 +264,20 @@ def test_a_refused_call_makes_ask_fail(monkeypatch):
     assert asked["text"] == "Delete task 1"
     assert asked["yes"] is False
     assert asked["now"].isoformat() == "2024-01-15T09:00:00"
+
+
+def test_ask_goes_on_where_nobody_reads_its_output():
+    server = ScriptedServer([call("create_task", title="Zürich")], [call("list_tasks")], "Added.")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with serve(server.app) as url:
+        command = [sys.executable, "-m", "taskagent_platform.cli", "ask", "Add it", "--endpoint", f"{url}/v1"]
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [(entry.tool, entry.outcome) for entry in audit_log(load_settings()).entries()] == [
+        ("create_task", "executed"), ("list_tasks", "executed"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("command", "variable"), [("ui", "DAGSTER"), ("mlflow", "MLFLOW")])

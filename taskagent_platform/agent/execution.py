@@ -134,7 +134,7 @@ class ToolExecutor:
             self._on_call(call)
 
     def _record(self, call: ExecutedCall) -> None:
-        self._remember(call)
+        # Whoever is told of the call may fail; the backend has changed, and that has to be on record.
         self._log.append(
             "tool_call",
             call.outcome,
@@ -145,6 +145,7 @@ class ToolExecutor:
             reason=call.reason,
             actor=self._actor,
         )
+        self._remember(call)
 
 
 def _unknown_tool(tool: str) -> ToolError:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ def ask(
         base_url: another endpoint than the gateway's.
         approver: who approves destructive calls; a person at the terminal if None.
         actor: who is named in the audit log; the account of the process if None.
-        echo: prints a line.
+        echo: prints a line; the conversation goes on where the reader is gone.
 
     Raises:
         PlatformError: nothing answers, the state is damaged, or the audit log was changed.
@@ -68,11 +69,11 @@ def ask(
     backend = stored_backend(settings, domain, moment)
 
     def show(call: ExecutedCall) -> None:
-        echo(f"→ {describe(Call(call.tool, call.arguments))}")
-        echo(f"  {_outcome(call)}")
+        _tell(echo, f"→ {describe(Call(call.tool, call.arguments))}")
+        _tell(echo, f"  {_outcome(call)}")
 
     answer = _converse(settings, domain, backend, text, moment, approver or ask_on_terminal, base_url, actor, show)
-    echo(printable(answer.text, keep="\n"))
+    _tell(echo, printable(answer.text, keep="\n"))
     return answer
 
 
@@ -164,6 +165,16 @@ def _converse(
     )
     executor = ToolExecutor(domain, backend, log, limited, actor, on_call)
     return asyncio.run(run_agent(domain, executor, endpoint, text, now=now, max_turns=settings.evaluation.max_turns))
+
+
+def _tell(echo: Callable[[str], None], line: str) -> None:
+    """Prints a line where that is possible: calls happen and are recorded whether or not somebody reads along."""
+    with suppress(BrokenPipeError):
+        try:
+            echo(line)
+        except UnicodeError:
+            # What the terminal's encoding lacks stands there as an escape, as control characters do.
+            echo(line.encode("ascii", "backslashreplace").decode())
 
 
 def _outcome(call: ExecutedCall) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from taskagent_platform.agent.approvals import Call, Decision
+from taskagent_platform.agent.approvals import Call, Decision, LimitedApprover, approve_all
+from taskagent_platform.agent.execution import ExecutedCall, ToolExecutor
 from taskagent_platform.agent.session import agent_smoke, ask
 from taskagent_platform.agent.state import stored_backend
 from taskagent_platform.audit import AuditLog, audit_log
@@ -160,6 +161,36 @@ def test_no_more_destructive_calls_are_approved_in_a_minute_than_the_limit(
     answer, _ = run(ScriptedServer([call("delete_task", task_id="task_003")], "Deleted."), yes=True)
     assert "serving.destructive_per_minute is 2" in answer.text
     assert "Fix login bug" in _titles(settings)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), UnicodeEncodeError("ascii", "→", 0, 1, "ordinal not in range")])
+def test_calls_are_on_record_where_they_cannot_be_shown(settings: Settings, error: Exception) -> None:
+    lines: list[str] = []
+
+    def echo(line: str) -> None:
+        if not line.isascii() or isinstance(error, BrokenPipeError):
+            raise error
+        lines.append(line)
+
+    with serve(ScriptedServer([call("create_task", title="Zürich")], "Added.").app) as url:
+        answer = ask(settings, DOMAIN, "do it", now=NOW, base_url=f"{url}/v1", echo=echo)
+    assert answer.text == "Added."
+    assert _outcomes(settings) == [("create_task", "executed")]
+    if isinstance(error, UnicodeError):
+        assert lines[0] == r'\u2192 create_task(title="Z\xfcrich")'
+        assert len(lines) == 3
+
+
+def test_a_call_is_on_record_before_anybody_is_told_of_it(settings: Settings) -> None:
+    def fail(shown: ExecutedCall) -> None:
+        raise RuntimeError("the page is closed")
+
+    log = audit_log(settings)
+    approver = LimitedApprover(approve_all("--yes"), log, per_minute=1)
+    executor = ToolExecutor(DOMAIN, DOMAIN.backend(NOW), log, approver, on_call=fail)
+    with pytest.raises(RuntimeError, match="the page is closed"):
+        executor.execute("create_task", '{"title": "one"}')
+    assert _outcomes(settings) == [("create_task", "executed")]
 
 
 def test_what_the_service_refuses_goes_back_to_the_model(settings: Settings, run: Callable[..., Any]) -> None:
