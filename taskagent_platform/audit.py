@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -81,9 +81,17 @@ class AuditLog:
         return self._lock
 
     def check(self) -> None:
-        """Raises the PlatformError that appending would raise, so that it shows before something is done."""
-        with self._lock:
+        """Tries whether a line can be appended, so that it shows before something is done.
+
+        Raises:
+            PlatformError: the log was changed by someone else, or it or its folder cannot be written.
+        """
+        with self._writing(), self._lock:
             self._tail()
+            os.close(self._open())
+            scratch = self._head_scratch()
+            scratch.write_text(_NO_PREVIOUS)
+            scratch.unlink()
 
     def append(
         self,
@@ -100,9 +108,10 @@ class AuditLog:
         """Appends a line; it is on the disk when this returns.
 
         Raises:
-            PlatformError: the log was changed by someone else; nothing is appended, so that the evidence stays.
+            PlatformError: the log was changed by someone else; nothing is appended, so that the evidence stays. Or it
+                cannot be written.
         """
-        with self._lock:
+        with self._writing(), self._lock:
             previous, lines = self._tail()
             entry = AuditEntry(
                 time=datetime.now(UTC),
@@ -117,9 +126,8 @@ class AuditLog:
                 previous=previous,
             )
             line = entry.model_dump_json(exclude_none=True).encode()
-            created = not self.path.exists()
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            with os.fdopen(descriptor, "ab") as file:
+            created = not self._head_path.exists()
+            with os.fdopen(self._open(), "ab") as file:
                 file.write(line + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -213,8 +221,24 @@ class AuditLog:
         except (ValidationError, UnicodeDecodeError) as error:
             raise PlatformError(f"{self._head_path} is damaged.") from error
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PlatformError(
+                f"{self.path} cannot be written ({error}), and nothing is executed without an audit log: let this "
+                "account write it and its folder, or free some space, and try again."
+            ) from error
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def _head_scratch(self) -> Path:
+        return self._head_path.with_name(self._head_path.name + ".partial")
+
     def _write_head(self, head: _Head) -> None:
-        scratch = self._head_path.with_name(self._head_path.name + ".partial")
+        scratch = self._head_scratch()
         with scratch.open("w") as file:
             file.write(head.model_dump_json())
             file.flush()

@@ -69,6 +69,26 @@ def test_nothing_is_appended_to_a_log_that_lost_its_end(log: AuditLog, tamper) -
     assert log.path.read_bytes() == left
 
 
+@pytest.mark.parametrize("blocked", ["audit.jsonl", "audit.jsonl.head.partial", "audit.jsonl.lock"])
+def test_a_log_that_cannot_be_written_shows_before_something_is_done(tmp_path: Path, blocked: str) -> None:
+    (tmp_path / blocked).mkdir()
+    fresh = AuditLog(tmp_path / "audit.jsonl")
+    with pytest.raises(PlatformError, match=r"audit.jsonl cannot be written \(.*let this account write it"):
+        fresh.check()
+    with pytest.raises(PlatformError, match="cannot be written"):
+        fresh.append("tool_call", "executed")
+
+
+def test_a_check_leaves_a_whole_log(log: AuditLog) -> None:
+    for checked, lines in ((log, 4), (AuditLog(log.path.with_name("fresh.jsonl")), 0)):
+        checked.check()
+        assert checked.path.exists()
+        assert checked.verify() == lines
+        checked.append("tool_call", "executed")
+        assert checked.verify() == lines + 1
+    assert not list(log.path.parent.glob("*.partial"))
+
+
 def test_a_removed_head_is_noticed(log: AuditLog) -> None:
     (log.path.parent / "audit.jsonl.head").unlink()
     with pytest.raises(PlatformError, match=r"audit.jsonl.head is missing"):

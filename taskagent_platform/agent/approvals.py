@@ -91,7 +91,12 @@ class LimitedApprover:
         self._per_minute = per_minute
 
     def __call__(self, call: Call, *, domain: str, model_digest: str | None, actor: str | None = None) -> Decision:
-        """Decides on one call and appends the decision to the audit log."""
+        """Decides on one call and appends the decision to the audit log.
+
+        Raises:
+            PlatformError: the audit log cannot be written; nobody was asked.
+        """
+        self._log.check()
         decision = self._over_limit(domain) or self._approver(call)
         # A person may take a while to answer: the count is taken again together with the approval.
         with self._log.lock():

@@ -258,6 +258,25 @@ def test_nothing_is_executed_when_the_audit_log_was_tampered_with(settings: Sett
     assert "three" not in _titles(settings)
 
 
+def test_nothing_is_asked_or_executed_where_the_audit_log_cannot_be_written(
+    settings: Settings, run: Callable[..., Any]
+) -> None:
+    asked: list[Call] = []
+
+    def person(shown: Call) -> Decision:
+        asked.append(shown)
+        return Decision(True, "yes")
+
+    log = audit_log(settings)
+    log.path.with_name(log.path.name + ".head.partial").mkdir()
+    for calls in ([call("create_task", title="three")], [call("delete_task", task_id="task_001")]):
+        before = _titles(settings)
+        with pytest.raises(PlatformError, match="cannot be written"):
+            run(ScriptedServer(calls, "Done."), approver=person)
+        assert _titles(settings) == before
+    assert asked == []
+
+
 def test_a_damaged_state_is_named(settings: Settings, run: Callable[..., Any]) -> None:
     run(ScriptedServer([call("create_task", title="one")], "Added."))
     file = settings.folder("task_api") / "state.json"
