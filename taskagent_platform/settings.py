@@ -26,6 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from taskagent_platform.errors import PlatformError
@@ -432,13 +433,18 @@ class _AsGiven(Settings):
 
 
 def _problems(error: ValidationError) -> list[str]:
-    return [
+    return [_problem(problem) for problem in error.errors()]
+
+
+def _problem(problem: ErrorDetails) -> str:
+    if problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
         # What values together make impossible is a sentence of its own.
-        str(problem["ctx"]["error"])
-        if problem["type"] == "value_error" and isinstance(problem["input"], Mapping)
-        else f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}"
-        for problem in error.errors()
-    ]
+        return str(problem["ctx"]["error"])
+    place = ".".join(map(str, problem["loc"]))
+    # Addresses of alerts hold passwords, also under a mistyped name; a whole section may hold such addresses.
+    if problem["loc"][:1] == ("alerts",) or isinstance(problem["input"], Mapping):
+        return f"{place}: {problem['msg']}"
+    return f"{place} = {problem['input']!r}: {problem['msg']}"
 
 
 @cache

@@ -52,6 +52,24 @@ def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> Non
         load_settings()
 
 
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("alerts: {urls: 'slack://secret'}", r"alerts\.urls: "),
+        ("alerts: {urls: [{slack: secret}]}", r"alerts\.urls\.0: "),
+        ("alerts: {ulrs: ['slack://secret']}", r"alerts\.ulrs: "),
+        ("alerts: {per_hour: 'secret'}", r"alerts\.per_hour: "),
+        ("alerts: 'slack://secret'", "alerts: "),
+        ("alert: {urls: ['slack://secret']}", "alert: "),
+    ],
+)
+def test_a_wrong_setting_of_the_alerts_is_named_without_its_value(home: Path, written: str, place: str) -> None:
+    (home / "settings.yaml").write_text(written)
+    with pytest.raises(PlatformError, match=rf"(?m)^{place}") as caught:
+        load_settings(profile="smoke")
+    assert "secret" not in str(caught.value)
+
+
 def test_a_variable_without_a_value_sets_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TASKAGENT_PROFILE", "TASKAGENT_DOMAIN", "TASKAGENT_SERVING__PORT", "TASKAGENT_ALERTS__URLS_FILE"):
         monkeypatch.setenv(name, "")
