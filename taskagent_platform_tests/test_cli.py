@@ -266,6 +266,16 @@ def test_a_refused_call_makes_ask_fail(monkeypatch):
     assert asked["now"].isoformat() == "2024-01-15T09:00:00"
 
 
+def test_ask_ends_with_130_when_it_is_interrupted(monkeypatch):
+    from taskagent_platform.agent import session
+
+    def stub(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "ask", stub)
+    assert invoke("ask", "Delete task 1").exit_code == 130
+
+
 def test_ask_goes_on_where_nobody_reads_its_output():
     server = ScriptedServer([call("create_task", title="Zürich")], [call("list_tasks")], "Added.")
     reading, writing = os.pipe()

@@ -1,15 +1,20 @@
 """Approvals of destructive calls: a person sees the exact call and says yes, or it does not happen."""
 
 import json
+import signal
 import sys
 import termios
+import threading
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 from taskagent_platform.audit import AuditLog
 
+INTERRUPTED = "interrupted"
+"""Why a call did not run where the person who was asked pressed Ctrl-C."""
 _WINDOW = timedelta(minutes=1)
 
 
@@ -57,16 +62,34 @@ def describe(call: Call) -> str:
 
 
 def ask_on_terminal(call: Call) -> Decision:
-    """Shows the call and asks whether it may run; only ``y`` or ``yes`` approves. Without a terminal, refuses."""
+    """Shows the call and asks whether it may run; only ``y`` or ``yes`` approves. Without a terminal, refuses.
+
+    Raises:
+        KeyboardInterrupt: the person pressed Ctrl-C instead of an answer.
+    """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return Decision(False, "there is no terminal to ask on, and --yes was not given")
     # What was typed before the question was no answer to it.
     termios.tcflush(sys.stdin, termios.TCIFLUSH)
     print(f"The agent wants to run:\n  {describe(call)}\nRun it? [y/N] ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline().strip().lower()
+    with _interruptible():
+        answer = sys.stdin.readline().strip().lower()
     if answer in ("y", "yes"):
         return Decision(True, "approved on the terminal")
     return Decision(False, "not approved on the terminal")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    # asyncio keeps the first Ctrl-C until the coroutine waits again, which it does only after the answer.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def approve_all(reason: str) -> Approver:
@@ -95,13 +118,11 @@ class LimitedApprover:
 
         Raises:
             PlatformError: the audit log cannot be written; nobody was asked.
+            KeyboardInterrupt: the approver was interrupted; the call is on record as refused.
         """
         self._log.check()
-        decision = self._over_limit(domain) or self._approver(call)
-        # A person may take a while to answer: the count is taken again together with the approval.
-        with self._log.lock():
-            if decision.approved:
-                decision = self._over_limit(domain) or decision
+
+        def record(decision: Decision) -> None:
             self._log.append(
                 "tool_call",
                 "approved" if decision.approved else "refused",
@@ -112,6 +133,17 @@ class LimitedApprover:
                 reason=decision.reason,
                 actor=actor,
             )
+
+        try:
+            decision = self._over_limit(domain) or self._approver(call)
+        except KeyboardInterrupt:
+            record(Decision(False, INTERRUPTED))
+            raise
+        # A person may take a while to answer: the count is taken again together with the approval.
+        with self._log.lock():
+            if decision.approved:
+                decision = self._over_limit(domain) or decision
+            record(decision)
         return decision
 
     def _over_limit(self, domain: str) -> Decision | None:

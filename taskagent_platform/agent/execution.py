@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from taskagent_platform.agent.approvals import Call, LimitedApprover
+from taskagent_platform.agent.approvals import INTERRUPTED, Call, LimitedApprover
 from taskagent_platform.audit import AuditLog, Outcome
 from taskagent_platform.domains.base import Backend, Domain, ToolError
 
@@ -108,18 +108,24 @@ class ToolExecutor:
 
         Args:
             pending: tools and arguments, in the order of the answer.
+
+        Raises:
+            PlatformError: the audit log cannot be written; nothing was executed.
+            KeyboardInterrupt: the approver was interrupted; the calls are on record as refused.
         """
         calls = [Call(tool, parse_arguments(arguments)) for tool, arguments in pending]
         for index, call in enumerate(calls):
             if call.tool not in self._destructive:
                 continue
-            decision = self._approver(call, domain=self.domain.name, model_digest=self.model_digest, actor=self._actor)
+            try:
+                decision = self._approver(
+                    call, domain=self.domain.name, model_digest=self.model_digest, actor=self._actor
+                )
+            except KeyboardInterrupt:
+                self._refuse(calls, index, INTERRUPTED)
+                raise
             if not decision.approved:
-                self.refused = ExecutedCall(*call, "refused", reason=decision.reason)
-                self._remember(self.refused)
-                for other in calls[:index] + calls[index + 1 :]:
-                    reason = f"{call.tool} of the same answer was refused"
-                    self._record(ExecutedCall(*other, "refused", reason=reason))
+                self._refuse(calls, index, decision.reason)
                 return False
         return True
 
@@ -127,6 +133,14 @@ class ToolExecutor:
     def unknown_tool_result(tool: str) -> str:
         """Returns what the model reads after calling a tool that does not exist."""
         return json.dumps(_unknown_tool(tool).as_result(), ensure_ascii=False)
+
+    def _refuse(self, calls: Sequence[Call], index: int, reason: str) -> None:
+        """Refuses an answer's calls because of one of them, whose refusal the approver has recorded."""
+        refused = calls[index]
+        self.refused = ExecutedCall(*refused, "refused", reason=reason)
+        self._remember(self.refused)
+        for other in (*calls[:index], *calls[index + 1 :]):
+            self._record(ExecutedCall(*other, "refused", reason=f"{refused.tool} of the same answer was refused"))
 
     def _remember(self, call: ExecutedCall) -> None:
         self.calls.append(call)

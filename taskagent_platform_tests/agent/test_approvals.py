@@ -1,8 +1,11 @@
+import asyncio
 import io
 import os
 import pty
+import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +92,33 @@ def test_what_was_typed_before_the_question_does_not_answer_it() -> None:
         person, _ = _answer_when_asked(seat, b"n\n")
         assert not ask_on_terminal(Call("delete_task", {"task_id": "task_001"})).approved
         person.join(5)
+
+
+def test_the_first_ctrl_c_at_the_question_ends_it(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    approver = LimitedApprover(ask_on_terminal, log, per_minute=3)
+
+    async def approve() -> Decision:
+        return approver(Call("delete_task", {"task_id": "task_001"}), domain="task_api", model_digest=None)
+
+    def interrupt() -> None:
+        shown = ""
+        while "[y/N]" not in shown:
+            shown += os.read(seat, 1000).decode()
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        # Without an end at Ctrl-C, this would be the answer.
+        time.sleep(0.5)
+        os.write(seat, b"y\n")
+
+    with terminal() as seat:
+        person = threading.Thread(target=interrupt)
+        person.start()
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(approve())
+        person.join(5)
+    assert [(entry.outcome, entry.reason) for entry in log.entries()] == [("refused", "interrupted")]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_without_a_terminal_nothing_is_approved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,23 @@ def test_a_person_sees_the_exact_call_and_decides(settings: Settings, run: Calla
     assert answer.text.startswith("Not done: delete_task was refused, the person said so")
 
 
+def test_an_interrupted_question_refuses_the_whole_answer_and_goes_on(
+    settings: Settings, run: Callable[..., Any]
+) -> None:
+    def leave(shown: Call) -> Decision:
+        raise KeyboardInterrupt
+
+    server = ScriptedServer([call("create_task", title="Not me"), call("delete_task", task_id="task_001")], "never")
+    with pytest.raises(KeyboardInterrupt):
+        run(server, approver=leave)
+    assert [(entry.tool, entry.outcome, entry.reason) for entry in audit_log(settings).entries()] == [
+        ("delete_task", "refused", "interrupted"),
+        ("create_task", "refused", "delete_task of the same answer was refused"),
+    ]
+    assert "Not me" not in _titles(settings)
+    assert "Review budget proposal" in _titles(settings)
+
+
 def test_no_more_destructive_calls_are_approved_in_a_minute_than_the_limit(
     settings: Settings, run: Callable[..., Any]
 ) -> None:
