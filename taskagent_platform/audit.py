@@ -5,10 +5,10 @@ there are and the sha256 of the last one: a changed, removed, inserted or cut-of
 Somebody who may write both files can forge both; hand the head's hash to another machine where that matters.
 """
 
-import getpass
 import hashlib
 import json
 import os
+import pwd
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -261,11 +261,12 @@ def audit_log(settings: Settings) -> AuditLog:
 
 
 def account() -> str:
-    """Returns the name of the account that this process runs under."""
+    """Returns the name of the account whose rights this process has, whatever the environment calls it."""
+    uid = os.geteuid()
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container may run under a number that has no name
-        return f"uid {os.getuid()}"
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # a container may run under a number that has no name
+        return f"uid {uid}"
 
 
 def _sha256(line: bytes) -> str:

@@ -1,11 +1,13 @@
 import json
 import multiprocessing
+import os
+import pwd
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from taskagent_platform.audit import AuditLog
+from taskagent_platform.audit import AuditLog, account
 from taskagent_platform.errors import PlatformError
 
 
@@ -32,6 +34,14 @@ def test_a_line_says_who_when_what_and_how_it_ended(log: AuditLog) -> None:
         "tool": "delete_task", "arguments": {"task_id": "1"}, "reason": "no terminal",
     }  # fmt: skip
     assert log.path.stat().st_mode & 0o077 == 0
+
+
+def test_the_account_is_the_kernel_s_and_not_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(variable, "somebody-else")
+    assert account() == pwd.getpwuid(os.geteuid()).pw_name
+    monkeypatch.setattr(os, "geteuid", lambda: 4_000_000_001)
+    assert account() == "uid 4000000001"
 
 
 def test_an_untouched_log_verifies(log: AuditLog) -> None:
