@@ -112,6 +112,7 @@ class AuditLog:
                 cannot be written.
         """
         with self._writing(), self._lock:
+            created = not self._head_path.exists()
             previous, lines = self._tail()
             entry = AuditEntry(
                 time=datetime.now(UTC),
@@ -126,7 +127,6 @@ class AuditLog:
                 previous=previous,
             )
             line = entry.model_dump_json(exclude_none=True).encode()
-            created = not self._head_path.exists()
             with os.fdopen(self._open(), "ab") as file:
                 file.write(line + b"\n")
                 file.flush()
@@ -166,18 +166,26 @@ class AuditLog:
         """Checks the whole chain and returns the number of lines.
 
         Raises:
-            PlatformError: names the first line that does not fit.
+            PlatformError: names the first line that does not fit, or the last one where it is unfinished.
         """
         with self._lock:
-            return self._verify()[0]
+            number = self._verify()[0]
+            last = next(_lines_backwards(self.path), None)
+        if last is not None and not last.endswith(b"\n"):
+            raise PlatformError(
+                f"{self.path} was cut off in the middle of line {number + 1}, as a crash does: the {number} lines "
+                "before it are whole and unchanged. The next call or deployment takes the rest of that line away."
+            )
+        return number
 
-    def _verify(self, *, torn_end: bool = False) -> tuple[int, str]:
-        """Returns the number of lines and the hash of the last one; may leave an unfinished last line aside."""
+    def _verify(self) -> tuple[int, str]:
+        """Returns the number of whole lines and the hash of the last of them; an unfinished last line is left aside."""
         head = self._read_head()
+        written = 0 if head is None else head.lines
         previous, number = _NO_PREVIOUS, 0
         if self.path.exists():
             with self.path.open("rb") as file:
-                lines = (line for line in file if not torn_end or line.endswith(b"\n"))
+                lines = (line for line in file if line.endswith(b"\n"))
                 for number, line in enumerate(lines, start=1):
                     entry = self._parse(line, number)
                     if entry.previous != previous:
@@ -187,10 +195,15 @@ class AuditLog:
                     previous = _sha256(line.rstrip(b"\n"))
                     if head is not None and number == head.lines and previous != head.last:
                         raise PlatformError(f"{self.path} was changed: line {number} is not the one that was written.")
-        if head is None and number:
+        # A crash leaves one line at most that the head does not know of yet.
+        if head is None and number > 1:
             raise PlatformError(f"{self._head_path} is missing, so nobody can tell whether {self.path} is whole.")
-        if head is not None and head.lines > number:
-            raise PlatformError(f"{self.path} was cut off: it had {head.lines} lines and has {number}.")
+        if number > written + 1:
+            raise PlatformError(f"{self.path} was changed: it had {written} lines and has {number}.")
+        if number < written:
+            raise PlatformError(
+                f"{self.path} was cut off at line {number + 1}: it had {written} lines and has {number}."
+            )
         return number, previous
 
     def _tail(self) -> tuple[str, int]:
@@ -202,7 +215,7 @@ class AuditLog:
         if head is not None and last is not None and last.endswith(b"\n") and _sha256(last[:-1]) == head.last:
             return head.last, head.lines
         try:
-            lines, previous = self._verify(torn_end=True)
+            lines, previous = self._verify()
         except PlatformError as error:
             raise PlatformError(
                 f"{error} Nothing is executed without an audit log: keep {self.path} and its .head as evidence, "
@@ -211,6 +224,9 @@ class AuditLog:
         if last is not None and not last.endswith(b"\n"):
             # It was being written when the machine stopped; its caller was never told that it counts.
             os.truncate(self.path, self.path.stat().st_size - len(last))
+        if lines and (head is None or head.lines < lines):
+            # Before another line follows: two that the head does not know of are taken for somebody else's.
+            self._write_head(_Head(lines=lines, last=previous))
         return previous, lines
 
     def _read_head(self) -> _Head | None:
@@ -249,7 +265,10 @@ class AuditLog:
         where = "its last lines" if number is None else f"line {number}"
         try:
             if not line.endswith(b"\n"):
-                raise PlatformError(f"{self.path} was cut off in the middle of a line ({where}).")
+                raise PlatformError(
+                    f"{self.path} was cut off in the middle of a line ({where}): `taskagent audit verify` says whether "
+                    "a crash did it, after which the next call or deployment takes the rest of that line away."
+                )
             return AuditEntry.model_validate(json.loads(line))
         except (ValueError, ValidationError) as error:
             raise PlatformError(f"{self.path} was changed: {where} is no audit entry.") from error

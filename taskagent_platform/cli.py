@@ -372,9 +372,16 @@ def list_audit(
     """Show the newest lines of the audit log: who, when, what, with which outcome."""
     from collections import deque
 
-    from taskagent_platform.audit import audit_log
+    from taskagent_platform.audit import AuditEntry, audit_log
 
-    for entry in deque(audit_log(_settings()).entries(), maxlen=last):
+    newest: deque[AuditEntry] = deque(maxlen=last)
+    damage = None
+    try:
+        newest.extend(audit_log(_settings()).entries())
+    except PlatformError as error:
+        # What stands before the damaged line is shown all the same.
+        damage = error
+    for entry in newest:
         arguments = entry.arguments if isinstance(entry.arguments, str) else json.dumps(entry.arguments or {})
         call = f" {entry.tool}({arguments})" if entry.tool else ""
         model = f" by model {entry.model_digest[:_DIGEST_SHOWN]}" if entry.model_digest else ""
@@ -382,6 +389,8 @@ def list_audit(
         line = f"{entry.actor} {entry.action} {entry.outcome}{call}{model}{f': {entry.reason}' if entry.reason else ''}"
         shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
         typer.echo(f"{entry.time:%Y-%m-%d %H:%M:%S} {entry.domain or '-'} {shown}")
+    if damage is not None:
+        raise damage
 
 
 @key_app.command("add")

@@ -115,6 +115,40 @@ def test_a_line_cut_off_by_a_power_failure_is_dropped(log: AuditLog) -> None:
     assert log.verify() == 5
 
 
+def test_a_line_cut_off_by_a_power_failure_is_named_with_its_remedy(log: AuditLog) -> None:
+    with log.path.open("ab") as file:
+        file.write(b'{"time": "2024')
+    with pytest.raises(PlatformError, match=r"in the middle of line 5.* the 4 lines before .* The next call"):
+        log.verify()
+    log.check()
+    assert log.verify() == 4
+
+
+def test_no_more_lines_than_a_crash_leaves_are_taken_without_their_head(log: AuditLog) -> None:
+    head = log.path.parent / "audit.jsonl.head"
+    before = head.read_bytes()
+    log.append("tool_call", "executed", tool="list_tasks")
+    log.append("tool_call", "executed", tool="list_tasks")
+    head.write_bytes(before)
+    with pytest.raises(PlatformError, match="was changed: it had 4 lines and has 6"):
+        log.verify()
+    with pytest.raises(PlatformError, match="move both away"):
+        log.append("tool_call", "executed")
+
+
+def test_the_first_line_may_be_without_a_head_and_no_second_one(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    head = tmp_path / "audit.jsonl.head"
+    log.append("tool_call", "executed")
+    head.unlink()
+    assert log.verify() == 1
+    log.append("tool_call", "executed")
+    assert log.verify() == 2
+    head.unlink()
+    with pytest.raises(PlatformError, match="is missing"):
+        log.verify()
+
+
 def test_a_line_whose_head_was_not_written_any_more_counts(log: AuditLog) -> None:
     head = log.path.parent / "audit.jsonl.head"
     before = head.read_bytes()

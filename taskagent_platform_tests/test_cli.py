@@ -216,6 +216,19 @@ def test_the_audit_log_is_shown_without_what_a_terminal_would_obey():
     assert "deploy executed by model abababababab" in invoke("audit", "list").stdout
 
 
+def test_the_whole_lines_of_an_audit_log_are_shown_before_what_is_wrong():
+    log = audit_log(load_settings())
+    log.append("deploy", "executed", domain="task_api")
+    log.append("rollback", "executed", domain="task_api")
+    with log.path.open("ab") as file:
+        file.write(b'{"time": "2024')
+    done = run("audit", "list")
+    assert done.returncode == 1
+    assert [line.split()[4] for line in done.stdout.splitlines()] == ["deploy", "rollback"]
+    assert done.stderr.startswith("taskagent: ")
+    assert "taskagent audit verify" in done.stderr
+
+
 def test_keys_are_made_listed_and_taken_back():
     made = invoke("key", "add", "ann")
     key = made.stdout.strip()
