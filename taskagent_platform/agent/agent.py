@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 import openai
-from agents import Agent, FunctionTool, ModelSettings, OpenAIChatCompletionsModel, RunConfig, RunHooks, Runner
+from agents import Agent, FunctionTool, ModelSettings, OpenAIChatCompletionsModel, RunConfig, Runner
 from agents.exceptions import MaxTurnsExceeded, ModelBehaviorError, UserError
 from agents.items import ModelResponse, ToolApprovalItem
 from agents.run_config import ToolErrorFormatterArgs, ToolExecutionConfig
@@ -17,6 +17,7 @@ from agents.run_context import RunContextWrapper
 from agents.tool_context import ToolContext
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from openai.types.responses import ResponseFunctionToolCall
+from pydantic import ValidationError
 
 from taskagent_platform.agent.execution import ExecutedCall, ToolExecutor
 from taskagent_platform.domains.base import Domain, Tool
@@ -58,7 +59,7 @@ def build_agent(
         name=domain.agent_name,
         instructions=domain.system_prompt(now),
         tools=[_function_tool(tool, executor) for tool in domain.tools],
-        model=OpenAIChatCompletionsModel(model=endpoint.model, openai_client=client),
+        model=_Model(endpoint.model, client, executor),
         model_settings=ModelSettings(temperature=0, max_tokens=endpoint.max_tokens),
     )
 
@@ -93,7 +94,7 @@ async def run_agent(
             tool_execution=ToolExecutionConfig(max_function_tool_concurrency=1),
         )
         try:
-            result = await Runner.run(agent, text, run_config=config, max_turns=max_turns, hooks=_Answers(executor))
+            result = await Runner.run(agent, text, run_config=config, max_turns=max_turns)
             while result.interruptions:
                 state = result.to_state()
                 if not executor.approve([_pending(item) for item in result.interruptions]):
@@ -101,9 +102,7 @@ async def run_agent(
                     break
                 for item in result.interruptions:
                     state.approve(item)
-                result = await Runner.run(
-                    agent, state, run_config=config, max_turns=max_turns, hooks=_Answers(executor)
-                )
+                result = await Runner.run(agent, state, run_config=config, max_turns=max_turns)
             else:
                 text = str(result.final_output)
         except MaxTurnsExceeded:
@@ -114,9 +113,10 @@ async def run_agent(
             ) from error
         except openai.APIStatusError as error:
             raise PlatformError(f"{endpoint.base_url} answered {error.status_code}: {error.message}") from error
-        except ModelBehaviorError as error:
-            # An empty answer, or one cut off before its first word: the model's fault, not the platform's.
-            text = f"The model gave no usable answer: {error}"
+        except (ModelBehaviorError, ValidationError, UnicodeError, RecursionError) as error:
+            # An empty answer, one cut off before its first word, or one that the SDK cannot read or send back (a call
+            # without an id, half a character): the model's fault, not the platform's.
+            text = f"The model gave no usable answer: {_in_one_line(error)}"
         except UserError as error:
             # The SDK wraps what a tool raises; the sentence meant for the user is the cause.
             if isinstance(error.__cause__, PlatformError):
@@ -125,15 +125,20 @@ async def run_agent(
     return Answer(text, tuple(executor.calls), executor.model_digest)
 
 
-class _Answers(RunHooks):
-    """Tells the executor of the calls of each answer before any of them runs."""
+class _Model(OpenAIChatCompletionsModel):
+    """Tells the executor of the calls of each answer before the SDK looks at them and any of them runs."""
 
-    def __init__(self, executor: ToolExecutor) -> None:
+    def __init__(self, name: str, client: AsyncOpenAI, executor: ToolExecutor) -> None:
+        super().__init__(model=name, openai_client=client)
         self._executor = executor
 
-    async def on_llm_end(self, context: RunContextWrapper[Any], agent: Any, response: ModelResponse) -> None:
+    async def get_response(self, *arguments: Any, **options: Any) -> ModelResponse:
+        response = await super().get_response(*arguments, **options)
         calls = [item for item in response.output if isinstance(item, ResponseFunctionToolCall)]
-        self._executor.begin_answer([(call.name, call.arguments) for call in calls])
+        fault = self._executor.begin_answer([(call.name, call.arguments) for call in calls])
+        if fault is not None:
+            raise ModelBehaviorError(fault)
+        return response
 
 
 def _unknown_tool_message(problem: ToolErrorFormatterArgs[Any]) -> str | None:
@@ -178,6 +183,12 @@ def _pending(item: ToolApprovalItem) -> tuple[str, str]:
     if not isinstance(raw, ResponseFunctionToolCall):
         raise PlatformError(f"The SDK asks to approve something that is no function call: {raw!r}.")
     return raw.name, raw.arguments
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+    return str(error)
 
 
 def _refusal(executor: ToolExecutor) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import to_json
+
 from taskagent_platform.agent.approvals import INTERRUPTED, Call, LimitedApprover
 from taskagent_platform.audit import AuditLog, Outcome
 from taskagent_platform.domains.base import Backend, Domain, ToolError
@@ -91,17 +93,29 @@ class ToolExecutor:
             self._record(ExecutedCall(tool, parsed, "executed", result))
         return json.dumps(result, ensure_ascii=False)
 
-    def begin_answer(self, calls: Sequence[tuple[str, str]]) -> None:
+    def begin_answer(self, calls: Sequence[tuple[str, str]]) -> str | None:
         """Takes note of the calls of one answer before they run, and records those of unknown tools.
 
         Args:
             calls: tools and arguments, in the order of the answer.
+
+        Returns:
+            Why none of the calls can run, which are then on record as refused; None if they can.
+
+        Raises:
+            PlatformError: the audit log cannot be written; nothing was executed.
         """
+        fault = next(filter(None, (_fault(tool, arguments) for tool, arguments in calls)), None)
+        if fault is not None:
+            for tool, arguments in calls:
+                self._record(ExecutedCall(_encodable(tool), _encodable(arguments), "refused", reason=fault))
+            return fault
         self.answer_is_destructive = any(tool in self._destructive for tool, _ in calls)
         for tool, arguments in calls:
             if tool not in self._known:
                 error = _unknown_tool(tool)
                 self._record(ExecutedCall(tool, parse_arguments(arguments), "refused", error.as_result(), str(error)))
+        return None
 
     def approve(self, pending: Sequence[tuple[str, str]]) -> bool:
         """Returns whether the calls of one answer may run: all of them, or none. Harmless ones need no approval.
@@ -164,6 +178,19 @@ class ToolExecutor:
 
 def _unknown_tool(tool: str) -> ToolError:
     return ToolError(404, "unknown_tool", f"there is no tool {tool}")
+
+
+def _fault(tool: str, arguments: str) -> str | None:
+    """Returns why a call can be neither recorded nor sent back to the server, or None if it can."""
+    try:
+        to_json((tool, arguments, parse_arguments(arguments)))
+    except (ValueError, RecursionError):
+        return f"the call of {_encodable(tool)} holds half a character, or is nested too deeply"
+    return None
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def parse_arguments(text: str) -> dict[str, Any] | str:

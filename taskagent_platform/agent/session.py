@@ -63,6 +63,10 @@ def ask(
     """
     if not text.strip():
         raise PlatformError("There is nothing to ask: give the request as one argument, in quotes.")
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise PlatformError(f"The request is not UTF-8 text ({error}): check the terminal's encoding.") from error
     moment = (now or datetime.now()).replace(second=0, microsecond=0)
     if yes:
         approver = approve_all("--yes")

@@ -23,11 +23,13 @@ class ScriptedServer:
     Args:
         turns: what the model says: a text, a list of calls, or both.
         digest: the digest that the gateway would name.
+        call_id: the pattern of the calls' ids, of the answer's number and the call's; None leaves them out.
     """
 
-    def __init__(self, *turns: Turn, digest: str = "digest-1") -> None:
+    def __init__(self, *turns: Turn, digest: str = "digest-1", call_id: str | None = "call_{}_{}") -> None:
         self._turns = list(turns)
         self._digest = digest
+        self._call_id = call_id
         self.bodies: list[bytes] = []
         self.app = Starlette(routes=[Route("/v1/chat/completions", self._answer, methods=["POST"])])
 
@@ -41,13 +43,14 @@ class ScriptedServer:
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
             message["tool_calls"] = [
-                {"id": f"call_{number}_{index}", "type": "function", "function": function}
+                {"id": self._call_id and self._call_id.format(number, index), "type": "function", "function": function}
                 for index, function in enumerate(calls)
             ]
         reason = "tool_calls" if calls else "stop" if text else "length"
         choice = {"index": 0, "message": message, "finish_reason": reason}
         body = {"id": f"c{number}", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-        return JSONResponse(body, headers={"x-model-digest": self._digest})
+        # In ASCII, so that a turn may hold half a character.
+        return Response(json.dumps(body), headers={"x-model-digest": self._digest}, media_type="application/json")
 
     def body(self, index: int = 0) -> dict[str, Any]:
         """Returns a request's body, parsed."""

@@ -246,6 +246,37 @@ def test_an_answer_cut_off_before_its_first_word_is_an_answer_without_calls(run:
     assert shown.startswith("The model gave no usable answer: ")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"title": "\\ud83d"}', '{"title": "\ud83d"}', '{"title": ' + "[" * 300 + "]" * 300 + "}", "[" * 100_000],
+    ids=["half an escaped emoji", "half an emoji", "nested", "nested without an end"],
+)
+def test_arguments_that_nothing_can_take_are_no_usable_answer(
+    settings: Settings, run: Callable[..., Any], arguments: str
+) -> None:
+    calls = [call("list_tasks"), {"name": "create_task", "arguments": arguments}]
+    answer, shown = run(ScriptedServer(calls, "never"))
+    assert answer.text.startswith("The model gave no usable answer: the call of create_task holds half a character")
+    assert _outcomes(settings) == [("list_tasks", "refused"), ("create_task", "refused")]
+    assert [made.outcome for made in answer.calls] == ["refused", "refused"]
+    shown.encode()
+    assert audit_log(settings).verify() == 2
+
+
+def test_answers_that_the_sdk_cannot_take_are_no_usable_answers(run: Callable[..., Any]) -> None:
+    _, shown = run(ScriptedServer([call("list_tasks")], "never", call_id=None))
+    assert shown == "The model gave no usable answer: call_id: Input should be a valid string"
+    _, shown = run(ScriptedServer(("half \ud83d", [call("list_tasks")]), "never"))
+    assert "The model gave no usable answer: " in shown
+    _, shown = run(ScriptedServer("half \ud83d"))
+    assert shown == "half \\ud83d"
+
+
+def test_a_request_that_is_no_text_is_refused(settings: Settings) -> None:
+    with pytest.raises(PlatformError, match="The request is not UTF-8 text"):
+        ask(settings, DOMAIN, "delete \udcff", base_url="http://127.0.0.1:9/v1")
+
+
 def test_text_of_models_and_tools_cannot_drive_the_terminal(run: Callable[..., Any]) -> None:
     evil = "\x1b[2Jgone\u202e"
     _, shown = run(ScriptedServer([call("create_task", title=evil)], f"Created {evil}\nfine"))
