@@ -47,8 +47,8 @@ def _load(found: EntryPoint) -> Domain:
     where = f"The domain {found.name!r} of {_package(found)} ({found.value})"
     try:
         domain = found.load()
-    except (ImportError, AttributeError) as error:
-        raise PlatformError(f"{where} cannot be loaded: {error}") from error
+    except Exception as error:  # the package is somebody else's code, which may raise anything
+        raise PlatformError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(domain, Domain):
         raise PlatformError(f"{where} is a {type(domain).__name__}, not a Domain object.")
     if domain.name != found.name:

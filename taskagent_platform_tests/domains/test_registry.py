@@ -29,6 +29,7 @@ NUMBER = 7
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Installs a package `weather_domains` with the given entry points, as pip would lay it out."""
     (tmp_path / "weather_domains.py").write_text(MODULE)
+    (tmp_path / "broken_domains.py").write_text("raise KeyError('HOME_OF_THE_WEATHER')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "weather_domains", raising=False)
 
@@ -57,6 +58,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
     [
         ("weather = weather_domains:RAIN", "cannot be loaded: .*RAIN"),
         ("weather = no_such_module:WEATHER", "cannot be loaded: .*no_such_module"),
+        ("weather = broken_domains:WEATHER", "cannot be loaded: KeyError: 'HOME_OF_THE_WEATHER'"),
         ("weather = weather_domains:NUMBER", "is a int, not a Domain object"),
         ("storm = weather_domains:WEATHER", "calls itself 'weather'"),
     ],
