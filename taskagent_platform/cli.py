@@ -148,6 +148,7 @@ def evaluate(
     from taskagent_platform.evaluation.report import gate_results, render_report
     from taskagent_platform.evaluation.run import evaluate as measure
     from taskagent_platform.evaluation.suite import load_suites
+    from taskagent_platform.serving.active import checked_key
     from taskagent_platform.settings import load_settings
 
     # A profile may ask only a part of the suites in its runs; here all of what was named is asked.
@@ -167,7 +168,7 @@ def evaluate(
             model_digest=None,
             suite=suites.gated,
             robustness=suites.robustness,
-            api_key=api_key,
+            api_key=checked_key(api_key),
             on_progress=lambda what, done, total: status.update(f"{what}: {done}/{total}"),
         )
     if json_file is not None:

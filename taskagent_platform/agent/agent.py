@@ -107,6 +107,11 @@ async def run_agent(
                 text = str(result.final_output)
         except MaxTurnsExceeded:
             text = f"Stopped: the model was still calling tools after {max_turns} turns."
+        except openai.APITimeoutError as error:
+            raise PlatformError(
+                f"{endpoint.base_url} has not answered within {_REQUEST_TIMEOUT_S:g} s: wait until it has less to do, "
+                "or see its log."
+            ) from error
         except openai.APIConnectionError as error:
             raise PlatformError(
                 f"Nothing answers at {endpoint.base_url}: deploy a model first, or see `taskagent status`."

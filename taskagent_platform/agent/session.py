@@ -23,7 +23,7 @@ from taskagent_platform.agent.state import stored_backend
 from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.base import Backend, Domain
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.serving.active import API_KEY_VARIABLE, endpoint_url, model_name
+from taskagent_platform.serving.active import API_KEY_VARIABLE, checked_key, endpoint_url, model_name
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # the SDK takes a second to import; listing assets or printing help must not wait for it
@@ -165,7 +165,7 @@ def _converse(
         base_url=base_url or endpoint_url(settings),
         model=model_name(settings, domain.name),
         max_tokens=settings.serving.max_tokens,
-        api_key=os.environ.get(API_KEY_VARIABLE) or "none",
+        api_key=checked_key(os.environ.get(API_KEY_VARIABLE) or "none"),
     )
     executor = ToolExecutor(domain, backend, log, limited, actor, on_call)
     return asyncio.run(run_agent(domain, executor, endpoint, text, now=now, max_turns=settings.evaluation.max_turns))

@@ -19,6 +19,21 @@ API_KEY_VARIABLE = "TASKAGENT_API_KEY"
 """Holds the key that this machine's own clients show the gateway, where it wants one."""
 
 
+def checked_key(key: str) -> str:
+    """Returns a key as it is sent to an endpoint.
+
+    Raises:
+        PlatformError: no header can hold it.
+    """
+    if not all("!" <= character <= "~" for character in key):
+        # Not the key itself: messages are kept in logs.
+        raise PlatformError(
+            f"The API key ({API_KEY_VARIABLE}) holds a blank, a line break, or a character that is no ASCII, which no "
+            "key has: set it again."
+        )
+    return key
+
+
 class Deployment(BaseModel):
     """One model that was allowed to serve, and why.
 

@@ -22,7 +22,14 @@ from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.answer import Attempt, is_valid, read_answer
 from taskagent_platform.evaluation.client import request_body, tool_schemas
 from taskagent_platform.evaluation.statistics import wilson_interval
-from taskagent_platform.serving.active import API_KEY_VARIABLE, Deployment, active_file, endpoint_url, read_active
+from taskagent_platform.serving.active import (
+    API_KEY_VARIABLE,
+    Deployment,
+    active_file,
+    checked_key,
+    endpoint_url,
+    read_active,
+)
 from taskagent_platform.settings import Settings
 
 ProblemKind = Literal["down", "canary", "malformed", "drift"]
@@ -102,7 +109,7 @@ def look(settings: Settings, domain: Domain) -> Look | None:
 
 def _key() -> dict[str, str]:
     key = os.environ.get(API_KEY_VARIABLE)
-    return {"authorization": f"Bearer {key}"} if key else {}
+    return {"authorization": f"Bearer {checked_key(key)}"} if key else {}
 
 
 def _health_fault(settings: Settings, client: httpx.Client, domain: Domain) -> str:

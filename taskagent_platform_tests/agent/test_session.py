@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from taskagent_platform.agent.approvals import Call, Decision, LimitedApprover, approve_all
@@ -290,6 +291,31 @@ def test_nobody_at_home_is_one_sentence(settings: Settings) -> None:
         ask(settings, DOMAIN, "hi", base_url="http://127.0.0.1:9/v1")
     with pytest.raises(PlatformError, match="nothing to ask"):
         ask(settings, DOMAIN, "  ")
+
+
+def test_a_server_that_is_too_slow_is_told_apart(
+    settings: Settings, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(request: httpx.Request) -> None:
+        raise httpx.ReadTimeout("too slow", request=request)
+
+    from taskagent_platform.agent import agent
+
+    monkeypatch.setattr(
+        agent, "DefaultAsyncHttpxClient", lambda **options: httpx.AsyncClient(event_hooks={"request": [slow]})
+    )
+    with pytest.raises(PlatformError, match=r"has not answered within 300 s"):
+        run(ScriptedServer("never"))
+
+
+@pytest.mark.parametrize("key", ["tk-1\n", "tk 1", "tk-\x07", "tk-ü"])
+def test_a_key_that_no_header_holds_is_refused_without_being_shown(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("TASKAGENT_API_KEY", key)
+    with pytest.raises(PlatformError, match=r"The API key \(TASKAGENT_API_KEY\) holds a blank") as caught:
+        ask(settings, DOMAIN, "hi", base_url="http://127.0.0.1:9/v1")
+    assert "tk" not in str(caught.value)
 
 
 def test_a_refused_request_says_what_the_server_said(run: Callable[..., Any]) -> None:
