@@ -114,14 +114,14 @@ def ask(
     endpoint: Annotated[str | None, typer.Option(help="Another endpoint than the platform's, with /v1.")] = None,
     domain: DomainOption = None,
 ) -> None:
-    """Ask the agent; destructive calls are shown and have to be approved."""
+    """Ask the agent; destructive calls are shown and have to be approved. Exit status 1 unless all was done."""
     from taskagent_platform.agent.session import ask as ask_agent
 
     settings = _settings()
     moment = _moment(now) if now is not None else None
     asked_of = _domain(settings, domain)
     answer = ask_agent(settings, asked_of, text, yes=yes, now=moment, base_url=endpoint, echo=_echo)
-    if any(call.outcome == "refused" for call in answer.calls):
+    if any(call.outcome == "refused" for call in answer.calls) or not answer.is_finished:
         raise typer.Exit(1)
 
 

@@ -279,6 +279,15 @@ def test_a_refused_call_makes_ask_fail(monkeypatch):
     assert asked["now"].isoformat() == "2024-01-15T09:00:00"
 
 
+def test_an_answer_without_an_end_makes_ask_fail():
+    scripts = ([[call("list_tasks")]] * 5, [""], ["Hello!"])
+    codes = []
+    for turns in scripts:
+        with serve(ScriptedServer(*turns).app) as url:
+            codes.append(invoke("ask", "Hello", "--endpoint", f"{url}/v1").exit_code)
+    assert codes == [1, 1, 0]
+
+
 def test_ask_ends_with_130_when_it_is_interrupted(monkeypatch):
     from taskagent_platform.agent import session
 

@@ -36,11 +36,13 @@ class Answer:
         text: the model's last message; the platform's own sentence where a call was refused or the turns ran out.
         calls: every call that the model made, in order.
         model_digest: the model that answered last; None where the server does not say.
+        is_finished: whether the model came to an end; False where its turns ran out or it gave no usable answer.
     """
 
     text: str
     calls: tuple[ExecutedCall, ...]
     model_digest: str | None
+    is_finished: bool = True
 
 
 def build_agent(
@@ -93,6 +95,7 @@ async def run_agent(
             # Calls of one turn run in the order in which the model wrote them, as in the evaluation.
             tool_execution=ToolExecutionConfig(max_function_tool_concurrency=1),
         )
+        is_finished = True
         try:
             result = await Runner.run(agent, text, run_config=config, max_turns=max_turns)
             while result.interruptions:
@@ -106,6 +109,7 @@ async def run_agent(
             else:
                 text = str(result.final_output)
         except MaxTurnsExceeded:
+            is_finished = False
             text = f"Stopped: the model was still calling tools after {max_turns} turns."
         except openai.APITimeoutError as error:
             raise PlatformError(
@@ -121,13 +125,14 @@ async def run_agent(
         except (ModelBehaviorError, ValidationError, UnicodeError, RecursionError) as error:
             # An empty answer, one cut off before its first word, or one that the SDK cannot read or send back (a call
             # without an id, half a character): the model's fault, not the platform's.
+            is_finished = False
             text = f"The model gave no usable answer: {_in_one_line(error)}"
         except UserError as error:
             # The SDK wraps what a tool raises; the sentence meant for the user is the cause.
             if isinstance(error.__cause__, PlatformError):
                 raise error.__cause__ from None
             raise
-    return Answer(text, tuple(executor.calls), executor.model_digest)
+    return Answer(text, tuple(executor.calls), executor.model_digest, is_finished)
 
 
 class _Model(OpenAIChatCompletionsModel):

@@ -55,7 +55,7 @@ def test_calls_are_executed_shown_audited_and_remembered_by_the_next_request(
     server = ScriptedServer([call("create_task", title="Review Q4", priority="high")], "Added it.")
     answer, shown = run(server, "Create a high-priority task called 'Review Q4'")
     assert answer.text == "Added it."
-    assert answer.model_digest == "digest-1"
+    assert (answer.model_digest, answer.is_finished) == ("digest-1", True)
     assert [(made.tool, made.outcome) for made in answer.calls] == [("create_task", "executed")]
     assert 'create_task(title="Review Q4", priority="high")' in shown
     assert shown.endswith("Added it.")
@@ -238,12 +238,13 @@ def test_a_model_that_never_stops_calling_is_stopped(settings: Settings, run: Ca
     turns = [[call("list_tasks")] for _ in range(5)]
     answer, _ = run(ScriptedServer(*turns))
     assert answer.text == "Stopped: the model was still calling tools after 3 turns."
+    assert not answer.is_finished
     assert len(answer.calls) == 3
 
 
 def test_an_answer_cut_off_before_its_first_word_is_an_answer_without_calls(run: Callable[..., Any]) -> None:
     answer, shown = run(ScriptedServer(""))
-    assert answer.calls == ()
+    assert (answer.calls, answer.is_finished) == ((), False)
     assert shown.startswith("The model gave no usable answer: ")
 
 
