@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from taskagent_platform.agent.approvals import (
+    SMOKE_ACTOR,
     Approver,
     Call,
     LimitedApprover,
@@ -135,7 +136,7 @@ def agent_smoke(settings: Settings, domain: Domain, *, base_url: str | None = No
             SMOKE_NOW,
             approve_all("smoke test on a fixture"),
             base_url,
-            "agent_smoke",
+            SMOKE_ACTOR,
         )
         digest = answer.model_digest
         called = tuple(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from taskagent_platform.agent.approvals import (
+    SMOKE_ACTOR,
     Call,
     Decision,
     LimitedApprover,
@@ -138,6 +139,16 @@ def test_the_limit_counts_approvals_of_every_process_and_spares_other_domains(tm
     assert decisions == [True, True, True, False]
     assert approver(call, domain="support", model_digest="d").approved
     assert [entry.outcome for entry in AuditLog(path).entries()] == ["approved"] * 3 + ["refused", "approved"]
+
+
+def test_the_limit_counts_calls_alone_and_the_smoke_test_apart(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append("gate_override", "approved", domain="task_api", reason="Ann said so")
+    approver = LimitedApprover(approve_all("--yes"), log, per_minute=1)
+    call = Call("delete_task", {"task_id": "1"})
+    actors = (SMOKE_ACTOR, None, SMOKE_ACTOR, None)
+    decisions = [approver(call, domain="task_api", model_digest=None, actor=actor).approved for actor in actors]
+    assert decisions == [True, True, False, False]
 
 
 def test_over_the_limit_nobody_is_even_asked(tmp_path: Path) -> None:
