@@ -149,10 +149,15 @@ def evaluate(
     from taskagent_platform.evaluation.run import evaluate as measure
     from taskagent_platform.evaluation.suite import load_suites
     from taskagent_platform.serving.active import checked_key
-    from taskagent_platform.settings import load_settings
+    from taskagent_platform.settings import EvaluationSettings
 
-    # A profile may ask only a part of the suites in its runs; here all of what was named is asked.
-    settings = load_settings(evaluation={"case_limit": None, **({} if load else {"load_concurrency": 0})})
+    settings = _settings()
+    chosen = settings.evaluation
+    concurrency = (chosen.load_concurrency or EvaluationSettings().load_concurrency) if load else 0
+    # A profile may ask only a part of the suites in its runs; here all of what was named is asked. What the command
+    # line says wins over the environment, too.
+    chosen = chosen.model_copy(update={"case_limit": None, "load_concurrency": concurrency})
+    settings = settings.model_copy(update={"evaluation": chosen})
     of_domain = _domain(settings, domain)
     suites = load_suites([*suite, *(more or [])], robustness or (), of_domain)
     for file in (json_file, html_file):

@@ -162,6 +162,28 @@ def test_evaluate_measures_every_named_suite_whole_and_writes_the_report(tmp_pat
     assert not target.exists(), "a report of a failed evaluation must not be there"
 
 
+@pytest.mark.parametrize(
+    ("options", "variable", "load"),
+    [((), "7", 0), (("--load",), "7", 7), (("--load",), "", 64), (("--load",), "0", 64)],
+)
+def test_what_evaluate_is_told_wins_over_the_environment(tmp_path, monkeypatch, options, variable, load):
+    from taskagent_platform.evaluation import run as evaluation
+
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps({"abstention": [{"input": "thx"}]}))
+    monkeypatch.setenv("TASKAGENT_EVALUATION__CASE_LIMIT", "1")
+    monkeypatch.setenv("TASKAGENT_EVALUATION__LOAD_CONCURRENCY", variable)
+    seen: list[Any] = []
+
+    def stub(settings, domain, **more):
+        seen.append((settings.evaluation.case_limit, settings.evaluation.load_concurrency))
+        raise PlatformError("enough")
+
+    monkeypatch.setattr(evaluation, "evaluate", stub)
+    invoke("evaluate", "--endpoint", "http://h/v1", "--model", "m", "--suite", str(suite), *options)
+    assert seen == [(None, load)]
+
+
 def test_evaluate_measures_a_server_and_says_what_the_gates_say(tmp_path):
     suite, as_json, as_html = tmp_path / "suite.json", tmp_path / "report.json", tmp_path / "report.html"
     cases = {"What is due?": "list_tasks", "Call it a day <b>now</b>": "create_task"}
