@@ -13,6 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from taskagent_platform.errors import PlatformError
+
+_DEFINITIONS = "#/$defs/"
+
 Message = dict[str, Any]
 """One message in OpenAI's chat format."""
 
@@ -27,10 +31,24 @@ class Tool:
     destructive: bool = False
 
     def parameters(self) -> dict[str, Any]:
-        """Returns the JSON schema of the arguments, as sent to the server: no titles, no nulls, no extras."""
+        """Returns the JSON schema of the arguments, as sent to the server: no titles, nulls, extras or references.
+
+        Raises:
+            PlatformError: an argument may hold itself, so that its schema has no end.
+        """
         schema = self.arguments.model_json_schema()
+        definitions = schema.get("$defs", {})
+        # The schema of a model that may hold itself is a reference to its own definition.
+        root = schema["$ref"].removeprefix(_DEFINITIONS) if "$ref" in schema else None
+        return self._object(definitions[root] if root else schema, definitions, "", (root,) if root else ())
+
+    def _object(
+        self, schema: Mapping[str, Any], definitions: Mapping[str, Any], place: str, inside: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """Returns the schema of an object; ``inside`` are the definitions that it stands in, ``place`` its path."""
         properties = {}
-        for name, field in schema.get("properties", {}).items():
+        for name, described in schema.get("properties", {}).items():
+            field = self._inlined(described, definitions, f"{place}{name}", inside)
             # An argument is either given or left out; `null` is never a value, so the union with it goes.
             options = [option for option in field.pop("anyOf", []) if option.get("type") != "null"]
             if len(options) == 1:
@@ -46,6 +64,32 @@ class Tool:
             "required": schema.get("required", []),
             "additionalProperties": False,
         }
+
+    def _inlined(self, schema: Any, definitions: Mapping[str, Any], place: str, inside: tuple[str, ...]) -> Any:
+        """Returns a schema in which every reference is replaced by what it refers to: servers are sent no others."""
+        if isinstance(schema, list):
+            return [self._inlined(part, definitions, place, inside) for part in schema]
+        if not isinstance(schema, dict):
+            return schema
+        if not isinstance(schema.get("$ref"), str):
+            # A discriminator, OpenAPI's own word, only names definitions.
+            words = {key: part for key, part in schema.items() if key != "discriminator"}
+            return {key: self._inlined(part, definitions, place, inside) for key, part in words.items()}
+        name = schema["$ref"].removeprefix(_DEFINITIONS)
+        if name in inside:
+            raise PlatformError(
+                f"The argument {place} of the tool {self.name} may hold itself ({name}), so that its schema has no "
+                "end: give it a fixed depth."
+            )
+        definition = dict(definitions[name])
+        if "properties" in definition:
+            found = self._object(definition, definitions, f"{place}.", (*inside, name))
+        else:
+            found = self._inlined(definition, definitions, place, (*inside, name))
+        if "description" in definition:
+            found["description"] = definition["description"]
+        found.pop("title", None)
+        return {**found, **{key: part for key, part in schema.items() if key != "$ref"}}
 
     def as_openai(self) -> dict[str, Any]:
         """Returns the tool in OpenAI's format, strict, so that the server constrains its arguments."""
