@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import psutil
 
-from taskagent_platform.artifacts import Manifest, read_manifest
+from taskagent_platform.artifacts import Manifest, digest_of, read_manifest
 from taskagent_platform.audit import account, audit_log
 from taskagent_platform.domains.base import Domain
 from taskagent_platform.errors import PlatformError
@@ -37,10 +37,12 @@ from taskagent_platform.serving.active import (
 from taskagent_platform.serving.gates import Verdict, champion_report_folder, judge
 from taskagent_platform.serving.gateway_process import GatewayProcess, running_gateway, start_gateway, stop_gateway
 from taskagent_platform.serving.server import (
+    LOOPBACK,
     Progress,
     Server,
     check_port,
     detach,
+    options_of,
     read_server,
     server_command,
     server_is_alive,
@@ -106,13 +108,14 @@ class PlatformStatus(NamedTuple):
 
 
 def server_files(settings: Settings, domain: str, digest: str) -> ServerFiles:
-    """Returns where the server of a model keeps its record and output.
+    """Returns where the server of a model, run as the settings say, keeps its record and output.
 
-    A record belongs to one model for good: a candidate that is promoted keeps its own, and the next candidate has
-    another one.
+    A record belongs to one model and one way of serving it for good: a candidate that is promoted keeps its own, and
+    the next candidate, or the same model with other serving settings, has another one.
     """
     folder = _servers_folder(settings, domain)
-    return ServerFiles(folder / f"{digest[:16]}.json", folder / f"{digest[:16]}.log")
+    stem = f"{digest[:16]}-{digest_of(_wanted_options(settings, model_name(settings, domain)))[:8]}"
+    return ServerFiles(folder / f"{stem}.json", folder / f"{stem}.log")
 
 
 def find_server(settings: Settings, domain: str, digest: str, *, any_settings: bool = False) -> Server | None:
@@ -122,11 +125,12 @@ def find_server(settings: Settings, domain: str, digest: str, *, any_settings: b
         settings: the profile.
         domain: the domain.
         digest: the merged model's digest.
-        any_settings: take one that was started with other serving settings than the present ones, too.
+        any_settings: take one that was deployed with other serving settings than the present ones, too.
     """
-    for server in _servers(settings, domain):
-        same = server.model_digest == digest and server.name == model_name(settings, domain)
-        if same and server_is_healthy(server) and (any_settings or _runs_as_set(settings, server)):
+    # One that is deployed comes first: another is being measured, and ends with who measures it.
+    for server in sorted(_servers(settings, domain), key=lambda server: not server.detached):
+        fits = (any_settings and server.detached) or _runs_as_set(settings, domain, server)
+        if server.model_digest == digest and fits and server_is_healthy(server):
             return server
     return None
 
@@ -229,7 +233,8 @@ def rollback(
         # As it runs: it was judged with the settings of its day, and a rollback cannot wait for a start.
         folder = target.model_folder
         with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
-            deployment = target.model_copy(update={"base_url": server.base_url, "server": server.record_file})
+            served = {"model_name": server.name, "base_url": server.base_url, "server": server.record_file}
+            deployment = target.model_copy(update=served)
             log.check()
             _promote(settings, deployment, server)
         log.append(
@@ -351,7 +356,7 @@ def _start(settings: Settings, domain: Domain, digest: str, model_folder: Path, 
 def _stop_all_but_champion(settings: Settings, domain: str) -> None:
     present = read_active(active_file(settings)).domains.get(domain)
     for server in _servers(settings, domain):
-        if server.detached and (present is None or server.model_digest != present.active.model_digest):
+        if server.detached and (present is None or server.record_file != present.active.server):
             stop_server(server)
 
 
@@ -367,10 +372,11 @@ def _promote(settings: Settings, deployment: Deployment, server: Server) -> None
     detach(server)
     replaced = DomainDeployments(active=deployment, previous=previous)
     write_active(path, ActiveDeployments(domains={**active.domains, deployment.domain: replaced}))
-    needed = {deployment.model_digest} | ({previous.model_digest} if previous is not None else set())
+    kept_ready = [deployment] if previous is None else [deployment, previous]
     for other in _servers(settings, deployment.domain):
-        if other.detached and other.model_digest not in needed:
+        if other.detached and other.record_file not in {ready.server for ready in kept_ready}:
             stop_server(other)
+    needed = {ready.model_digest for ready in kept_ready}
     reports = champion_report_folder(settings, deployment.domain, deployment.model_digest).parent
     for kept in (_kept_folder(settings, deployment.domain), reports):
         for folder in kept.iterdir() if kept.is_dir() else ():
@@ -435,28 +441,36 @@ def _warm_up(settings: Settings, domain: Domain, server: Server) -> None:
         ) from error
 
 
-def _runs_as_set(settings: Settings, server: Server) -> bool:
-    """Tells whether a server was started with the arguments that the settings ask for now."""
-    # Without the interpreter, which has several names in one environment.
-    _, *wanted = server_command(settings, server.model_folder, name=server.name, host=server.host, port=server.port)
+def _runs_as_set(settings: Settings, domain: str, server: Server) -> bool:
+    """Tells whether a server was started with the options that the settings ask for now."""
+    return _options(server) == _wanted_options(settings, model_name(settings, domain))
+
+
+def _options(server: Server) -> tuple[str, ...]:
+    """Returns how a running server serves; nothing of one that ended."""
     try:
-        return psutil.Process(server.pid).cmdline()[-len(wanted) :] == wanted
+        return options_of(psutil.Process(server.pid).cmdline())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False
+        return ()
+
+
+def _wanted_options(settings: Settings, name: str) -> tuple[str, ...]:
+    return options_of(server_command(settings, Path("model"), name=name, host=LOOPBACK, port=1))
 
 
 def _domain_status(settings: Settings, active: ActiveDeployments, domain: str) -> DomainStatus:
     deployments = active.domains.get(domain)
-    alive = {server.model_digest: server for server in _servers(settings, domain) if server_is_alive(server)}
+    alive = {(s.record_file, s.base_url): s for s in _servers(settings, domain) if server_is_alive(s)}
     deployed = [] if deployments is None else [d for d in (deployments.active, deployments.previous) if d is not None]
-    healthy = [(d.model_digest in alive and server_is_healthy(alive[d.model_digest])) for d in deployed]
-    others = {digest: server for digest, server in alive.items() if digest not in {d.model_digest for d in deployed}}
+    # The address, too: one that is measured may have taken over the record of a deployed server that ended.
+    places = [(deployment.server, deployment.base_url) for deployment in deployed]
+    healthy = [place in alive and server_is_healthy(alive[place]) for place in places]
     return DomainStatus(
         domain=domain,
         deployments=deployments,
         active_is_healthy=bool(healthy) and healthy[0],
         previous_is_ready=len(healthy) > 1 and healthy[1],
-        others=tuple(others.values()),
+        others=tuple(server for place, server in alive.items() if place not in places),
     )
 
 

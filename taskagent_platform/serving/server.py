@@ -18,7 +18,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,9 @@ from taskagent_platform.settings import Settings
 LOOPBACK = "127.0.0.1"
 TEMPLATE_NAME = "chat_template.jinja"
 
+_MODULE = "vllm.entrypoints.openai.api_server"
+# The options that say which folder is served, and where, not how.
+_PLACE = ("--model", "--chat-template", "--host", "--port")
 _POLL_S = 0.25
 _PROGRESS_EVERY_S = 5.0
 _HEALTH_TIMEOUT_S = 5.0
@@ -279,10 +282,24 @@ def server_command(settings: Settings, model_folder: Path, *, name: str, host: s
         arguments["--enforce-eager"] = None
     if serving.speculation:
         arguments["--speculative-config"] = json.dumps({"method": "suffix"})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", _MODULE]
     for option, value in arguments.items():
         command += [option] if value is None else [option, value]
     return command
+
+
+def options_of(command: Sequence[str]) -> tuple[str, ...]:
+    """Returns how a server's command serves: its options but for the model's folder and the address.
+
+    Args:
+        command: from :func:`server_command`, or the command line of a running server; nothing is known of another.
+    """
+    options = list(command[command.index(_MODULE) + 1 :]) if _MODULE in command else []
+    for option in _PLACE:
+        if option in options:
+            at = options.index(option)
+            del options[at : at + 2]
+    return tuple(options)
 
 
 def server_environment(settings: Settings) -> dict[str, str]:

@@ -19,9 +19,9 @@ from taskagent_platform.evaluation.report import TEXT_FILE, load_report, read_ve
 from taskagent_platform.evaluation.run import conditions
 from taskagent_platform.evaluation.suite import domain_suites
 from taskagent_platform.serving import deployments
-from taskagent_platform.serving.deployments import deploy, server_files, stop_all
+from taskagent_platform.serving.deployments import deploy, server_files, status, stop_all
 from taskagent_platform.serving.gates import judge
-from taskagent_platform.serving.server import stop_server
+from taskagent_platform.serving.server import server_is_alive, stop_server
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.serving.fake_model_server import start_fake_server
 from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
@@ -70,6 +70,24 @@ def test_a_step_whose_model_server_was_killed_says_so(
         ask(is_killed=True)
     with pytest.raises(PlatformError, match=r"^It does not answer\.$"):
         ask(is_killed=False)
+
+
+def test_the_champion_serves_on_while_its_model_is_measured_with_other_settings(
+    settings: Settings, domain: TaskApiDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = make_model(settings, "one")
+    monkeypatch.setattr(eval_report, "start_server", start_fake_server)
+    with model_server(stage_of(settings, domain, []), folder, model, keep=lambda: True) as champion:
+        deploy(settings, domain, folder, make_report(settings, domain, model))
+    serving = settings.serving.model_copy(update={"max_num_seqs": 1, "model_name": "tasks"})
+    tuned = settings.model_copy(update={"serving": serving})
+    with model_server(stage_of(tuned, domain, []), folder, model) as measured:
+        assert (measured.pid != champion.pid, measured.name) == (True, "tasks")
+        [of_domain] = status(settings).domains
+        assert (of_domain.active_is_healthy, of_domain.others) == (True, (measured,))
+    assert not server_is_alive(measured)
+    [of_domain] = status(settings).domains
+    assert (of_domain.active_is_healthy, of_domain.others) == (True, ())
 
 
 def test_the_champions_report_is_measured_again_when_the_suites_changed(

@@ -387,7 +387,31 @@ def test_a_server_that_runs_otherwise_than_it_would_be_served_is_not_promoted(st
     stage.deploy()
     assert len(stage.starts) == 1
     assert stage.record(model.digest).pid != candidate.pid
-    assert not server_is_alive(candidate)
+    assert server_is_alive(candidate), "it ends with the process that started it"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "bfloat16"}, {"max_model_len": 512}, {"max_num_seqs": 1}, {"speculation": True}, {"model_name": "m"}],
+)
+def test_a_model_that_is_served_otherwise_has_a_record_of_its_own(stage: Stage, change: dict[str, Any]) -> None:
+    serving = stage.settings.serving.model_copy(update=change)
+    otherwise = stage.settings.model_copy(update={"serving": serving})
+    first, second = (server_files(settings, NAME, "d" * 64) for settings in (stage.settings, otherwise))
+    assert len({*first, *second}) == 4
+    assert server_files(stage.settings, NAME, "d" * 64) == first
+
+
+def test_a_rollback_serves_under_the_name_that_its_server_has(stage: Stage) -> None:
+    stage.train("one")
+    stage.deploy()
+    stage.train("two")
+    stage.deploy()
+    renamed = stage.settings.serving.model_copy(update={"model_name": "tasks"})
+    stage.settings = stage.settings.model_copy(update={"serving": renamed})
+    assert (stage.rollback().model_name, stage.starts) == (NAME, [])
+    make_room(stage.settings, NAME)
+    assert (stage.rollback().model_name, len(stage.starts)) == ("tasks", 1)
 
 
 def test_after_stopping_everything_the_same_model_is_deployed_again_without_training(stage: Stage) -> None:
