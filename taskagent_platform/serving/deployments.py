@@ -41,7 +41,9 @@ from taskagent_platform.serving.server import (
     Progress,
     Server,
     check_port,
+    check_startable,
     detach,
+    memory_held_gib,
     options_of,
     read_server,
     server_command,
@@ -149,7 +151,8 @@ def deploy(
 
     The candidate's server that the evaluation measured is promoted as it runs; it is started where it is gone. The
     champion before keeps running for a rollback; older ones are stopped. Deploying the present champion again changes
-    nothing but what is recorded of it.
+    nothing but what is recorded of it, and how it is served where the settings changed: the server that runs is
+    stopped once the new one has taken its place.
 
     Args:
         settings: the gates, and how to serve.
@@ -249,7 +252,8 @@ def make_room(settings: Settings, domain: str) -> None:
     A rollback starts the one before again, from the copy of its model that is kept.
     """
     with deployment_lock(settings):
-        _stop_all_but_champion(settings, domain)
+        for server in _all_but_champion(settings, domain):
+            stop_server(server)
 
 
 def status(settings: Settings) -> PlatformStatus:
@@ -335,14 +339,16 @@ def _running(
 
 
 def _start(settings: Settings, domain: Domain, digest: str, model_folder: Path, on_progress: Progress | None) -> Server:
-    if read_manifest(model_folder, kind=MODEL_KIND, verify=True).digest != digest:
-        raise PlatformError(f"{model_folder} does not hold model {digest[:12]}; deploy that model again.")
     files = server_files(settings, domain.name, digest)
-    unfit = read_server(files.record_file)
-    if unfit is not None:
-        # It does not answer, or it runs otherwise than the settings say.
-        stop_server(unfit)
-    _stop_all_but_champion(settings, domain.name)
+    # The server of this very record does not answer.
+    mute = read_server(files.record_file)
+    surplus = [s for s in _all_but_champion(settings, domain.name) if mute is None or s.record_file != mute.record_file]
+    surplus += [mute] if mute is not None else []
+    # Before anything is stopped: what cannot start leaves what runs as it is.
+    if check_startable(settings, model_folder, freed_gib=sum(map(memory_held_gib, surplus))).digest != digest:
+        raise PlatformError(f"{model_folder} does not hold model {digest[:12]}; deploy that model again.")
+    for server in surplus:
+        stop_server(server)
     return start_server(
         settings,
         model_folder,
@@ -353,11 +359,11 @@ def _start(settings: Settings, domain: Domain, digest: str, model_folder: Path, 
     )
 
 
-def _stop_all_but_champion(settings: Settings, domain: str) -> None:
+def _all_but_champion(settings: Settings, domain: str) -> list[Server]:
+    """Returns the servers that were deployed once and are not the champion's."""
     present = read_active(active_file(settings)).domains.get(domain)
-    for server in _servers(settings, domain):
-        if server.detached and (present is None or server.record_file != present.active.server):
-            stop_server(server)
+    champion = None if present is None else present.active.server
+    return [server for server in _servers(settings, domain) if server.detached and server.record_file != champion]
 
 
 def _promote(settings: Settings, deployment: Deployment, server: Server) -> None:

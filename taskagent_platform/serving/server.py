@@ -27,7 +27,7 @@ from uuid import uuid4
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from taskagent_platform.artifacts import read_manifest
+from taskagent_platform.artifacts import Manifest, read_manifest
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.process_identity import boot_id, living_process, start_ticks
 from taskagent_platform.settings import Settings
@@ -120,12 +120,7 @@ def start_server(
         PlatformError: the model is not there or was changed, the port is taken, memory is short, vLLM is missing,
             the server ended while loading or took longer than ``serving.start_timeout_s``.
     """
-    manifest = read_manifest(model_folder, verify=True)
-    for needed in ("config.json", TEMPLATE_NAME):
-        if not (model_folder / needed).is_file():
-            raise PlatformError(f"{model_folder} holds no {needed} and cannot be served; make the model again.")
-    _check_packages(settings)
-    _check_memory(settings, model_folder)
+    manifest = check_startable(settings, model_folder)
     if port is None:
         port = free_port(host)
     else:
@@ -181,6 +176,26 @@ def start_server(
     return server
 
 
+def check_startable(settings: Settings, model_folder: Path, *, freed_gib: float = 0.0) -> Manifest:
+    """Returns the manifest of a model that a server can be started on.
+
+    Args:
+        settings: the profile; ``serving`` says how to serve.
+        model_folder: an artifact with weights, tokenizer and chat template.
+        freed_gib: memory that will be free in addition by then.
+
+    Raises:
+        PlatformError: the model is not there or was changed, memory is short, or vLLM is missing.
+    """
+    manifest = read_manifest(model_folder, verify=True)
+    for needed in ("config.json", TEMPLATE_NAME):
+        if not (model_folder / needed).is_file():
+            raise PlatformError(f"{model_folder} holds no {needed} and cannot be served; make the model again.")
+    _check_packages(settings)
+    _check_memory(settings, model_folder, freed_gib)
+    return manifest
+
+
 def detach(server: Server) -> Server:
     """Lets a server outlive its owner, and returns its new record."""
     detached = server.model_copy(update={"detached": True})
@@ -212,6 +227,15 @@ def stop_server(server: Server, *, patience_s: float = _STOP_PATIENCE_S) -> bool
 def server_is_alive(server: Server) -> bool:
     """Tells whether the process of the record is running and is the one that was started."""
     return living_process(server.pid, server.create_time, server.boot_id) is not None
+
+
+def memory_held_gib(server: Server) -> float:
+    """Returns the memory that ending a server would set free, in GiB; nothing for one that ended."""
+    held = 0
+    for process in _own_processes(server):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            held += process.memory_full_info().uss
+    return held / _GIB
 
 
 def why_ended(server: Server, *, patience_s: float = 3.0) -> str | None:
@@ -377,7 +401,7 @@ def _check_packages(settings: Settings) -> None:
         )
 
 
-def _check_memory(settings: Settings, model_folder: Path) -> None:
+def _check_memory(settings: Settings, model_folder: Path, freed_gib: float) -> None:
     if settings.profile == "gpu":
         return  # vLLM compares with the card's own memory and says what is missing.
     weights = sum(file.stat().st_size for file in model_folder.glob("*.safetensors")) / _GIB
@@ -386,7 +410,7 @@ def _check_memory(settings: Settings, model_folder: Path) -> None:
     stored_dtype = stored.get("dtype") or stored.get("torch_dtype") or settings.serving.dtype
     weights *= _BYTES_OF_DTYPE[settings.serving.dtype] / _BYTES_OF_DTYPE.get(stored_dtype, 4)
     needed = weights + _kv_cache_gib(settings) + _RUNTIME_GIB
-    available = available_memory_gib()
+    available = available_memory_gib() + freed_gib
     if available < needed:
         raise PlatformError(
             f"The model server needs about {needed:.1f} GiB of memory and {available:.1f} GiB are free; end other "

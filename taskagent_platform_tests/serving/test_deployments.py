@@ -12,6 +12,7 @@ from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.serving import deployments
+from taskagent_platform.serving import server as server_module
 from taskagent_platform.serving.active import Deployment, active_file, endpoint_url, read_active
 from taskagent_platform.serving.deployments import (
     DeploymentRefusedError,
@@ -42,6 +43,10 @@ class Stage:
         self.report_folder = settings.folder(NAME) / "eval_report"
         self.starts: list[Path] = []
         self.gateway_runs = False
+
+    def serve_otherwise(self, **changes: Any) -> None:
+        serving = self.settings.serving.model_copy(update=changes)
+        self.settings = self.settings.model_copy(update={"serving": serving})
 
     def start(self, settings: Settings, model_folder: Path, **options: Any) -> Server:
         self.starts.append(model_folder)
@@ -91,6 +96,7 @@ def stage_with_gateway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     settings = load_settings(profile="smoke", evaluation={"case_limit": None}, serving={"port": free_port()})
     stage = Stage(settings, small_domain(tmp_path))
     monkeypatch.setattr(deployments, "start_server", stage.start)
+    monkeypatch.setattr(server_module, "available_memory_gib", lambda: 64.0)
     yield stage
     stop_all(settings)
 
@@ -381,8 +387,7 @@ def test_a_server_that_runs_otherwise_than_it_would_be_served_is_not_promoted(st
     model = stage.train("one")
     candidate = stage.record(model.digest)
     assert find_server(stage.settings, NAME, model.digest) is not None
-    serving = stage.settings.serving.model_copy(update={"max_num_seqs": 1})
-    stage.settings = stage.settings.model_copy(update={"serving": serving})
+    stage.serve_otherwise(max_num_seqs=1)
     assert find_server(stage.settings, NAME, model.digest) is None
     stage.deploy()
     assert len(stage.starts) == 1
@@ -395,11 +400,10 @@ def test_a_server_that_runs_otherwise_than_it_would_be_served_is_not_promoted(st
     [{"dtype": "bfloat16"}, {"max_model_len": 512}, {"max_num_seqs": 1}, {"speculation": True}, {"model_name": "m"}],
 )
 def test_a_model_that_is_served_otherwise_has_a_record_of_its_own(stage: Stage, change: dict[str, Any]) -> None:
-    serving = stage.settings.serving.model_copy(update=change)
-    otherwise = stage.settings.model_copy(update={"serving": serving})
-    first, second = (server_files(settings, NAME, "d" * 64) for settings in (stage.settings, otherwise))
-    assert len({*first, *second}) == 4
-    assert server_files(stage.settings, NAME, "d" * 64) == first
+    first, again = (server_files(stage.settings, NAME, "d" * 64) for _ in range(2))
+    stage.serve_otherwise(**change)
+    assert first == again
+    assert set(first).isdisjoint(server_files(stage.settings, NAME, "d" * 64))
 
 
 def test_a_rollback_serves_under_the_name_that_its_server_has(stage: Stage) -> None:
@@ -407,11 +411,67 @@ def test_a_rollback_serves_under_the_name_that_its_server_has(stage: Stage) -> N
     stage.deploy()
     stage.train("two")
     stage.deploy()
-    renamed = stage.settings.serving.model_copy(update={"model_name": "tasks"})
-    stage.settings = stage.settings.model_copy(update={"serving": renamed})
+    stage.serve_otherwise(model_name="tasks")
     assert (stage.rollback().model_name, stage.starts) == (NAME, [])
     make_room(stage.settings, NAME)
     assert (stage.rollback().model_name, len(stage.starts)) == ("tasks", 1)
+
+
+def test_the_champion_with_other_settings_replaces_itself_once_it_answers(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = stage.train("one")
+    stage.deploy()
+    before = stage.record(model.digest)
+
+    def start(*arguments: Any, **options: Any) -> Server:
+        started = stage.start(*arguments, **options)
+        assert server_is_alive(before)
+        return started
+
+    monkeypatch.setattr(deployments, "start_server", start)
+    stage.serve_otherwise(max_num_seqs=1)
+    stage.deploy()
+    assert stage.answering() == model.digest
+    assert (server_is_alive(before), before.record_file.exists()) == (False, False)
+
+
+@pytest.mark.parametrize("weights", ["one", "two"])
+def test_what_serves_is_left_as_it_is_when_its_successor_does_not_start(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    champion = stage.train("one")
+    stage.deploy()
+    before = stage.record(champion.digest)
+    _, model = make_model(stage.settings, weights)
+    make_report(stage.settings, stage.domain, model)
+
+    def fail(*_: Any, **__: Any) -> Server:
+        raise PlatformError("The model server ended while loading.")
+
+    monkeypatch.setattr(deployments, "start_server", fail)
+    stage.serve_otherwise(max_num_seqs=1)
+    with pytest.raises(PlatformError, match="ended while loading"):
+        stage.deploy()
+    assert server_is_alive(before)
+    assert status(stage.settings).domains[0].active_is_healthy
+
+
+def test_nothing_is_stopped_for_a_server_that_finds_no_memory(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+    for weights in ("one", "two"):
+        digests.append(stage.train(weights).digest)
+        stage.deploy()
+    running = [stage.record(digest) for digest in digests]
+    stage.serve_otherwise(max_num_seqs=1)
+    monkeypatch.setattr(server_module, "available_memory_gib", lambda: 1.0)
+    with pytest.raises(PlatformError, match="needs about"):
+        stage.deploy()
+    assert [server_is_alive(server) for server in running] == [True, True]
+    # What the server kept for a rollback would set free is enough.
+    monkeypatch.setattr(deployments, "memory_held_gib", lambda server: 4.0 if server == running[0] else 0.0)
+    assert stage.deploy().model_digest == digests[1]
+    assert server_is_alive(running[0]) is False
 
 
 def test_after_stopping_everything_the_same_model_is_deployed_again_without_training(stage: Stage) -> None:

@@ -26,6 +26,7 @@ from taskagent_platform.serving.server import (
     detach,
     free_port,
     last_error,
+    memory_held_gib,
     read_server,
     server_command,
     server_environment,
@@ -105,7 +106,9 @@ def test_a_server_is_started_recorded_and_ended_with_its_workers(start: Start, t
     assert server.cold_start_s is not None
     assert told
     assert len(group_of(server)) >= 3  # supervisor, API server, worker
+    assert memory_held_gib(server) > 0
     assert stop_server(server)
+    assert memory_held_gib(server) == 0
     assert group_of(server) == []
     assert not server_is_alive(server)
     assert not (tmp_path / "s.json").exists()
