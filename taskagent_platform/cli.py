@@ -249,7 +249,8 @@ def status() -> None:
             typer.echo(f"{of_domain.domain}: nothing is deployed")
         else:
             active = deployments.active
-            state = "answers" if of_domain.active_is_healthy else "does not answer; `taskagent demo` starts it again"
+            remedy = f"does not answer; `taskagent serve --domain {of_domain.domain}` starts it again"
+            state = "answers" if found.gateway is not None and of_domain.active_is_healthy else remedy
             typer.echo(
                 f"{of_domain.domain}: model {active.model_digest[:_DIGEST_SHOWN]} as {active.model_name!r}, deployed "
                 f"{active.deployed_at:%Y-%m-%d %H:%M} UTC by {active.deployed_by}: {state}"
@@ -268,6 +269,17 @@ def status() -> None:
             typer.echo(f"  being measured: model {server.model_digest[:_DIGEST_SHOWN]} at {server.base_url}")
     if not any(of_domain.deployments for of_domain in found.domains) or not healthy:
         raise typer.Exit(1)
+
+
+@app.command()
+def serve(domain: DomainOption = None) -> None:
+    """Serve the deployed model again, after a restart of the machine or where its server was stopped or ended."""
+    from taskagent_platform.serving.active import endpoint_url
+    from taskagent_platform.serving.deployments import serve as serve_again
+
+    settings = _settings()
+    served = serve_again(settings, _domain(settings, domain), on_progress=typer.echo)
+    typer.echo(f"Model {served.model_digest[:_DIGEST_SHOWN]} of {served.domain} is served at {endpoint_url(settings)}.")
 
 
 @app.command()

@@ -19,6 +19,7 @@ from taskagent_platform.estimate import estimate
 from taskagent_platform.job_process import JobProcess, start_job
 from taskagent_platform.run_progress import PlainView, RunProgress, TerminalView, duration
 from taskagent_platform.serving.active import active_file, endpoint_url, model_name, read_active
+from taskagent_platform.serving.deployments import status
 from taskagent_platform.settings import Settings
 
 if TYPE_CHECKING:  # printing the command line's help must not wait for Dagster
@@ -113,10 +114,14 @@ def _show_failure(
 
 
 def _champion(settings: Settings, domain: Domain) -> str:
-    present = read_active(active_file(settings)).domains.get(domain.name)
-    if present is None:
+    found = status(settings)
+    present = next((d for d in found.domains if d.domain == domain.name and d.deployments is not None), None)
+    if present is None or present.deployments is None:
         return "No model of this domain is served."
-    return f"The model deployed before ({present.active.model_digest[:12]}) stays at {endpoint_url(settings)}."
+    before = f"The model deployed before ({present.deployments.active.model_digest[:12]})"
+    if found.gateway is None or not present.active_is_healthy:
+        return f"{before} does not answer; `taskagent serve --domain {domain.name}` starts it again."
+    return f"{before} stays at {found.endpoint}."
 
 
 def _show_success(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -19,17 +20,29 @@ from taskagent_platform.audit import audit_log
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.report import EvalReport
+from taskagent_platform.serving import deployments
+from taskagent_platform.serving import server as server_module
+from taskagent_platform.serving.active import (
+    ActiveDeployments,
+    Deployment,
+    DomainDeployments,
+    active_file,
+    write_active,
+)
+from taskagent_platform.serving.gateway_process import GatewayProcess
 from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.agent.scripted_server import ScriptedServer, call
 from taskagent_platform_tests.evaluation.light_server import LightServer
+from taskagent_platform_tests.serving.fake_model_server import start_fake_server
 from taskagent_platform_tests.serving.fake_server import serve
+from taskagent_platform_tests.serving.judged_model import make_model
 
 # None of them is needed to print help.
 HEAVY = ("torch", "transformers", "vllm", "mlflow", "dagster", "openai", "agents", "numpy", "pydantic_settings")
 COMMANDS = (
     "demo", "improve", "ask", "evaluate", "domain", "status", "stop", "ui", "mlflow", "doctor", "rollback", "audit",
-    "suite", "key", "sweep",
+    "suite", "key", "sweep", "serve",
 )  # fmt: skip
 
 
@@ -206,6 +219,36 @@ def test_status_without_a_deployment_says_so_and_fails():
     done = invoke("status")
     assert done.exit_code == 1
     assert "gateway not running" in done.stdout
+
+
+def test_what_is_deployed_is_served_again(monkeypatch):
+    settings = load_settings()
+    folder, model = make_model(settings)
+    deployment = Deployment(
+        domain="task_api", model_name="task_api", model_digest=model.digest, model_folder=folder, report_digest="r",
+        gates=(), base_url="http://127.0.0.1:1/v1", server=settings.home / "ended.json", deployed_at=datetime.now(UTC),
+        deployed_by="somebody",
+    )  # fmt: skip
+    write_active(active_file(settings), ActiveDeployments(domains={"task_api": DomainDeployments(active=deployment)}))
+    gateway = GatewayProcess(pid=1, create_time=0, host="h", port=1, requests_per_minute=1, log_file=folder)
+    monkeypatch.setattr(deployments, "start_server", start_fake_server)
+    monkeypatch.setattr(deployments, "start_gateway", lambda settings: gateway)
+    monkeypatch.setattr(deployments, "running_gateway", lambda settings: gateway)
+    monkeypatch.setattr(server_module, "available_memory_gib", lambda: 64.0)
+    try:
+        before = invoke("status")
+        assert (before.exit_code, "does not answer; `taskagent serve --domain task_api`" in before.stdout) == (1, True)
+        done = invoke("serve")
+        assert f"Model {model.digest[:12]} of task_api is served at http://127.0.0.1:8230/v1." in done.stdout
+        after = invoke("status")
+        assert (after.exit_code, "by somebody: answers" in after.stdout) == (0, True)
+    finally:
+        invoke("stop")
+
+
+def test_there_must_be_something_to_serve():
+    done = run("serve")
+    assert (done.returncode, "No model of task_api is deployed; `taskagent demo`" in done.stderr) == (1, True)
 
 
 def test_stop_without_servers_says_so():

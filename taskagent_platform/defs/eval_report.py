@@ -47,7 +47,7 @@ from taskagent_platform.serving.gates import (
     read_champion_report,
     report_code_version,
 )
-from taskagent_platform.serving.server import Server, start_server, stop_server, why_ended
+from taskagent_platform.serving.server import Server, read_server, start_server, stop_server, why_ended
 from taskagent_platform.settings import GateSettings, Settings
 from taskagent_platform.training.base_model import KIND as BASE
 from taskagent_platform.training.base_model import published_model
@@ -311,7 +311,9 @@ def model_server(
             raise
         raise PlatformError(f"The model server ended while it was asked: {ended}") from error
     finally:
-        if not kept:
+        # Served meanwhile (`taskagent serve`), it is the endpoint's.
+        recorded = read_server(server.record_file)
+        if not kept and (recorded is None or not recorded.detached):
             stop_server(server)
 
 

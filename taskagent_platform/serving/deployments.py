@@ -231,18 +231,36 @@ def rollback(
         present = read_active(active_file(settings)).domains.get(domain.name)
         if present is None or present.previous is None:
             raise PlatformError(f"There is no earlier deployment of {domain.name} to go back to.")
-        target = present.previous
-        log = audit_log(settings)
-        # As it runs: it was judged with the settings of its day, and a rollback cannot wait for a start.
-        folder = target.model_folder
-        with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
-            served = {"model_name": server.name, "base_url": server.base_url, "server": server.record_file}
-            deployment = target.model_copy(update=served)
-            log.check()
-            _promote(settings, deployment, server)
-        log.append(
-            "rollback", "executed", domain=domain.name, model_digest=target.model_digest, reason=reason, actor=actor
-        )
+        deployment = _serve_again(settings, domain, present.previous, on_progress)
+        who = {"domain": domain.name, "model_digest": deployment.model_digest, "actor": actor}
+        audit_log(settings).append("rollback", "executed", reason=reason, **who)
+        return deployment
+
+
+def serve(
+    settings: Settings, domain: Domain, *, actor: str | None = None, on_progress: Progress | None = None
+) -> Deployment:
+    """Serves a domain's champion again where its server or the gateway ended; one that answers goes on as it is.
+
+    The gates are not asked again: it is deployed already. The server is started on the deployment's own copy of the
+    model; the one before stays what a rollback goes back to.
+
+    Args:
+        settings: how to serve.
+        domain: the domain.
+        actor: who asks for it; the account of the process if None.
+        on_progress: is told what is happening.
+
+    Raises:
+        PlatformError: nothing is deployed, the copy was changed, or the server or the gateway does not start.
+    """
+    with deployment_lock(settings):
+        present = read_active(active_file(settings)).domains.get(domain.name)
+        if present is None:
+            raise PlatformError(f"No model of {domain.name} is deployed; `taskagent demo` makes and deploys one.")
+        deployment = _serve_again(settings, domain, present.active, on_progress)
+        who = {"domain": domain.name, "model_digest": deployment.model_digest, "actor": actor}
+        audit_log(settings).append("serve", "executed", **who)
         return deployment
 
 
@@ -271,7 +289,7 @@ def status(settings: Settings) -> PlatformStatus:
 def stop_all(settings: Settings) -> list[str]:
     """Stops the gateway and every model server that the profile started, and no other process.
 
-    What is deployed stays on record: the next deployment of the same model starts its server again.
+    What is deployed stays on record: :func:`serve` starts its server again.
 
     Returns:
         What was stopped, and what could not be, one text each.
@@ -305,6 +323,17 @@ def copy_model(source: Path, target: Path) -> None:
             shutil.copy2(old, new)
 
     shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def _serve_again(settings: Settings, domain: Domain, target: Deployment, on_progress: Progress | None) -> Deployment:
+    """Makes what was deployed once the champion, as its server runs: it was judged with the settings of its day."""
+    folder = target.model_folder
+    with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
+        served = {"model_name": server.name, "base_url": server.base_url, "server": server.record_file}
+        deployment = target.model_copy(update=served)
+        audit_log(settings).check()
+        _promote(settings, deployment, server)
+    return deployment
 
 
 @contextmanager

@@ -114,14 +114,15 @@ def _key() -> dict[str, str]:
 
 def _health_fault(settings: Settings, client: httpx.Client, domain: Domain) -> str:
     url = endpoint_url(settings).removesuffix("/v1") + "/health"
+    remedy = f"`taskagent status` says what runs, `taskagent serve --domain {domain.name}` starts it again."
     try:
         states = client.get(url, timeout=_HEALTH_TIMEOUT_S).json()["deployments"]
     except httpx.HTTPError as error:
-        return f"The gateway does not answer at {url} ({type(error).__name__}); `taskagent status` says what runs."
+        return f"The gateway does not answer at {url} ({type(error).__name__}); {remedy}"
     except (ValueError, KeyError, TypeError):
         return f"Something else than the gateway answers at {url}."
     if not states.get(domain.name, {}).get("healthy"):
-        return f"The gateway answers, the model server of {domain.name} does not; `taskagent status` says what runs."
+        return f"The gateway answers, the model server of {domain.name} does not; {remedy}"
     return ""
 
 

@@ -21,7 +21,7 @@ from taskagent_platform.evaluation.suite import domain_suites
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving.deployments import deploy, server_files, status, stop_all
 from taskagent_platform.serving.gates import judge
-from taskagent_platform.serving.server import server_is_alive, stop_server
+from taskagent_platform.serving.server import detach, server_is_alive, stop_server
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.serving.fake_model_server import start_fake_server
 from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
@@ -88,6 +88,16 @@ def test_the_champion_serves_on_while_its_model_is_measured_with_other_settings(
     assert not server_is_alive(measured)
     [of_domain] = status(settings).domains
     assert (of_domain.active_is_healthy, of_domain.others) == (True, ())
+
+
+def test_a_server_that_is_served_meanwhile_outlives_its_measurement(
+    settings: Settings, domain: TaskApiDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = make_model(settings, "one")
+    monkeypatch.setattr(eval_report, "start_server", start_fake_server)
+    with model_server(stage_of(settings, domain, []), folder, model) as server:
+        detach(server)
+    assert server_is_alive(server)
 
 
 def test_the_champions_report_is_measured_again_when_the_suites_changed(

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "taskagent evaluate": f"{TESTS}/test_cli.py::test_evaluate_measures_a_server_and_says_what_the_gates_say",
     "taskagent improve": f"{TESTS}/test_improve.py",
     "taskagent sweep": f"{TESTS}/defs/test_training_sweep.py",
+    "taskagent serve": f"{TESTS}/test_cli.py::test_what_is_deployed_is_served_again",
     "taskagent rollback": f"{TESTS}/test_cli.py::test_what_is_wrong_is_one_sentence_and_no_traceback",
     # The same processes with the same commands, without an engine.
     "docker compose": f"{TESTS}/docker/test_layout.py",

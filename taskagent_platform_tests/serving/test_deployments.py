@@ -20,6 +20,7 @@ from taskagent_platform.serving.deployments import (
     find_server,
     make_room,
     rollback,
+    serve,
     server_files,
     status,
     stop_all,
@@ -472,6 +473,33 @@ def test_nothing_is_stopped_for_a_server_that_finds_no_memory(stage: Stage, monk
     monkeypatch.setattr(deployments, "memory_held_gib", lambda server: 4.0 if server == running[0] else 0.0)
     assert stage.deploy().model_digest == digests[1]
     assert server_is_alive(running[0]) is False
+
+
+def test_what_is_deployed_is_served_again_although_a_newer_candidate_was_blocked(stage: Stage) -> None:
+    first = stage.train("one")
+    stage.deploy()
+    second = stage.train("two")
+    stage.deploy()
+    stage.train("three", failing={"tool_selection": 20})
+    with pytest.raises(DeploymentRefusedError):
+        stage.deploy()
+    stop_all(stage.settings)
+    stage.serve_otherwise(max_num_seqs=1)
+    served = serve(stage.settings, stage.domain, actor="ann")
+    assert stage.answering() == served.model_digest == second.digest
+    assert (stage.gateway_runs, served.deployed_by) == (True, deployments.account())
+    present = read_active(active_file(stage.settings)).domains[NAME]
+    assert (present.active, present.previous and present.previous.model_digest) == (served, first.digest)
+    kept = stage.settings.folder(NAME) / "deployments"
+    assert stage.starts == [kept / second.digest]
+    last = list(audit_log(stage.settings).entries())[-1]
+    assert (last.action, last.outcome, last.actor, last.model_digest) == ("serve", "executed", "ann", second.digest)
+    serve(stage.settings, stage.domain)
+    assert len(stage.starts) == 1, "it answers"
+    (kept / second.digest / "model.safetensors").write_text("tampered")
+    stop_all(stage.settings)
+    with pytest.raises(PlatformError, match="was changed"):
+        serve(stage.settings, stage.domain)
 
 
 def test_after_stopping_everything_the_same_model_is_deployed_again_without_training(stage: Stage) -> None:

@@ -143,6 +143,7 @@ def test_a_gateway_that_is_gone_is_told(deployed, monkeypatch):
     monkeypatch.setenv("TASKAGENT_SERVING__PORT", "1")
     (problem,) = problems()
     assert "The gateway does not answer at http://127.0.0.1:1/health" in problem.sentence
+    assert "`taskagent serve --domain lights` starts it again" in problem.sentence
 
 
 @pytest.mark.parametrize(
