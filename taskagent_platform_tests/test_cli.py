@@ -27,6 +27,7 @@ from taskagent_platform.serving.active import (
     Deployment,
     DomainDeployments,
     active_file,
+    endpoint_url,
     write_active,
 )
 from taskagent_platform.serving.gateway_process import GatewayProcess
@@ -222,6 +223,7 @@ def test_status_without_a_deployment_says_so_and_fails():
 
 
 def test_what_is_deployed_is_served_again(monkeypatch):
+    monkeypatch.setenv("TASKAGENT_SERVING__PORT", str(free_port()))
     settings = load_settings()
     folder, model = make_model(settings)
     deployment = Deployment(
@@ -239,7 +241,7 @@ def test_what_is_deployed_is_served_again(monkeypatch):
         before = invoke("status")
         assert (before.exit_code, "does not answer; `taskagent serve --domain task_api`" in before.stdout) == (1, True)
         done = invoke("serve")
-        assert f"Model {model.digest[:12]} of task_api is served at http://127.0.0.1:8230/v1." in done.stdout
+        assert f"Model {model.digest[:12]} of task_api is served at {endpoint_url(settings)}." in done.stdout
         after = invoke("status")
         assert (after.exit_code, "by somebody: answers" in after.stdout) == (0, True)
     finally:

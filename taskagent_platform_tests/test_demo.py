@@ -8,6 +8,7 @@ from taskagent_platform.demo import _champion
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving.deployments import deploy, server_files, stop_all
 from taskagent_platform.serving.gateway_process import GatewayProcess
+from taskagent_platform.serving.server import free_port
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.serving.fake_model_server import start_fake_server
 from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
@@ -15,7 +16,7 @@ from taskagent_platform_tests.serving.judged_model import make_model, make_repor
 
 def test_a_champion_that_does_not_answer_is_not_said_to_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path / "home"))
-    settings = load_settings(profile="smoke", evaluation={"case_limit": None})
+    settings = load_settings(profile="smoke", evaluation={"case_limit": None}, serving={"port": free_port()})
     domain = small_domain(tmp_path)
     gateway = GatewayProcess(pid=1, create_time=0, host="127.0.0.1", port=1, requests_per_minute=1, log_file=tmp_path)
     monkeypatch.setattr(deployments, "start_gateway", lambda settings: gateway)

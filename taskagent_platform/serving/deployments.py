@@ -35,12 +35,17 @@ from taskagent_platform.serving.active import (
     write_active,
 )
 from taskagent_platform.serving.gates import Verdict, champion_report_folder, judge
-from taskagent_platform.serving.gateway_process import GatewayProcess, running_gateway, start_gateway, stop_gateway
+from taskagent_platform.serving.gateway_process import (
+    GatewayProcess,
+    check_gateway_port,
+    running_gateway,
+    start_gateway,
+    stop_gateway,
+)
 from taskagent_platform.serving.server import (
     LOOPBACK,
     Progress,
     Server,
-    check_port,
     check_startable,
     detach,
     memory_held_gib,
@@ -348,8 +353,7 @@ def _running(
 ) -> Iterator[Server]:
     """Yields a healthy server of the model behind a running gateway; ends what it started if the block fails."""
     gateway_ran = running_gateway(settings) is not None
-    if not gateway_ran:
-        check_port(settings.serving.host, settings.serving.port)
+    check_gateway_port(settings)
     started: Server | None = None
     try:
         server = find_server(settings, domain.name, digest, any_settings=any_settings)

@@ -60,17 +60,56 @@ def running_gateway(settings: Settings) -> GatewayProcess | None:
 def start_gateway(settings: Settings) -> GatewayProcess:
     """Returns the running gateway; starts it where none runs, and anew where settings or code changed.
 
+    One that ran before runs on where the other cannot start.
+
     Raises:
         PlatformError: something else listens on ``serving.port``, or it does not start.
     """
     serving = settings.serving
     running = running_gateway(settings)
-    if running is not None:
-        if (running.host, running.port, running.requests_per_minute, running.code_version) == (
-            serving.host, serving.port, serving.requests_per_minute, _code_version(),
-        ):  # fmt: skip
-            return running
-        stop_gateway(settings)
+    if running is None:
+        return _start(settings)
+    as_it_runs = {"host": running.host, "port": running.port, "requests_per_minute": running.requests_per_minute}
+    before = serving.model_copy(update=as_it_runs)
+    if before == serving and running.code_version == _code_version():
+        return running
+    check_gateway_port(settings)
+    stop_gateway(settings)
+    try:
+        return _start(settings)
+    except BaseException:
+        # Why the other does not start is what is to be told.
+        with suppress(PlatformError):
+            _start(settings.model_copy(update={"serving": before}))
+        raise
+
+
+def check_gateway_port(settings: Settings) -> None:
+    """Raises PlatformError if the gateway cannot listen where the settings put it.
+
+    Where it has that port already, on whatever host, only its own end would tell.
+    """
+    running = running_gateway(settings)
+    if running is None or running.port != settings.serving.port:
+        check_port(settings.serving.host, settings.serving.port)
+
+
+def stop_gateway(settings: Settings) -> bool:
+    """Ends the profile's gateway, after the requests on their way, and returns whether it ran."""
+    record = _read(settings)
+    process = _process(record) if record is not None else None
+    if process is not None:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+            if not _ends(process):
+                process.kill()
+                _ends(process)
+    _record_file(settings).unlink(missing_ok=True)
+    return process is not None
+
+
+def _start(settings: Settings) -> GatewayProcess:
+    serving = settings.serving
     check_port(serving.host, serving.port)
     active = active_file(settings)
     active.parent.mkdir(parents=True, exist_ok=True)
@@ -112,20 +151,6 @@ def start_gateway(settings: Settings) -> GatewayProcess:
         _record_file(settings).unlink(missing_ok=True)
         raise
     return started
-
-
-def stop_gateway(settings: Settings) -> bool:
-    """Ends the profile's gateway, after the requests on their way, and returns whether it ran."""
-    record = _read(settings)
-    process = _process(record) if record is not None else None
-    if process is not None:
-        with suppress(psutil.NoSuchProcess):
-            process.terminate()
-            if not _ends(process):
-                process.kill()
-                _ends(process)
-    _record_file(settings).unlink(missing_ok=True)
-    return process is not None
 
 
 def _code_version() -> str:

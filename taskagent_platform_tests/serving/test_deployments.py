@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from taskagent_platform.artifacts import Manifest
-from taskagent_platform.audit import audit_log
+from taskagent_platform.audit import account, audit_log
 from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.serving import deployments
@@ -487,7 +487,7 @@ def test_what_is_deployed_is_served_again_although_a_newer_candidate_was_blocked
     stage.serve_otherwise(max_num_seqs=1)
     served = serve(stage.settings, stage.domain, actor="ann")
     assert stage.answering() == served.model_digest == second.digest
-    assert (stage.gateway_runs, served.deployed_by) == (True, deployments.account())
+    assert (stage.gateway_runs, served.deployed_by) == (True, account())
     present = read_active(active_file(stage.settings)).domains[NAME]
     assert (present.active, present.previous and present.previous.model_digest) == (served, first.digest)
     kept = stage.settings.folder(NAME) / "deployments"
@@ -544,6 +544,19 @@ def test_a_port_in_use_deploys_nothing_and_leaves_nothing_behind(stage_with_gate
             stage.deploy()
     assert stage.nothing_is_deployed()
     assert running_gateway(stage.settings) is None
+
+
+def test_a_gateway_that_cannot_move_starts_and_stops_no_server(stage: Stage) -> None:
+    champion = stage.train("one")
+    stage.deploy()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        stage.serve_otherwise(port=other.getsockname()[1], max_num_seqs=1)
+        with pytest.raises(PlatformError, match="Nothing can listen"):
+            stage.deploy()
+    assert (stage.starts, stage.gateway_runs) == ([], True)
+    assert find_server(stage.settings, NAME, champion.digest, any_settings=True) is not None
 
 
 def test_a_server_that_does_not_start_deploys_nothing_and_leaves_nothing_behind(

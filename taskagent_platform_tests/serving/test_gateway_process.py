@@ -77,6 +77,27 @@ def test_a_port_that_someone_else_uses_is_one_clear_sentence(settings: Settings)
     assert running_gateway(settings) is None
 
 
+def moved(settings: Settings, **to: object) -> Settings:
+    return settings.model_copy(update={"serving": settings.serving.model_copy(update=to)})
+
+
+def test_a_gateway_that_cannot_move_goes_on_where_it_is(settings: Settings) -> None:
+    gateway = start_gateway(settings)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(PlatformError, match="Nothing can listen"):
+            start_gateway(moved(settings, port=other.getsockname()[1]))
+    assert running_gateway(settings) == gateway
+    # An address for examples, which no machine has; whether the port is free shows only without the gateway.
+    with pytest.raises(PlatformError, match=r"Nothing can listen on 192\.0\.2\.1"):
+        start_gateway(moved(settings, host="192.0.2.1"))
+    again = running_gateway(settings)
+    assert again is not None
+    assert (again.host, again.port, again.pid != gateway.pid) == (gateway.host, gateway.port, True)
+    assert httpx.get(f"http://127.0.0.1:{settings.serving.port}/health", trust_env=False).status_code == 503
+
+
 def test_a_process_that_merely_has_the_recorded_pid_is_left_alone(settings: Settings) -> None:
     start_gateway(settings)
     stop_gateway(settings)
