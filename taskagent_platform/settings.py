@@ -402,6 +402,11 @@ def load_settings(**overrides: Any) -> Settings:
         ) from None
 
 
+def default_gates(profile: ProfileName) -> GateSettings:
+    """Returns the gates of a profile as they are where no setting changes them."""
+    return GateSettings(**_PROFILES[profile].get("gates", {}))
+
+
 def with_training(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """Returns settings with other values of ``training``, and of ``seed``; they win over the environment, too.
 

@@ -57,10 +57,13 @@ from taskagent_platform.serving.server import (
     start_server,
     stop_server,
 )
-from taskagent_platform.settings import Settings
+from taskagent_platform.settings import Settings, default_gates
 
 MODEL_KIND = "merged_model"
 _WARM_UP_TIMEOUT_S = 300.0
+# The gates that let more through the lower, and the higher, they are set.
+_FLOORS = ("tool_selection", "argument_extraction", "json_validity", "multi_tool")
+_CEILINGS = ("latency_p95_ms", "champion_margin")
 
 
 class DeploymentRefusedError(PlatformError):
@@ -211,7 +214,8 @@ def deploy(
             if verdict.report_digest is not None:
                 _keep_report(settings, domain.name, report_folder, model.digest)
             _promote(settings, deployment, server)
-        log.append("deploy", "executed", reason=deployment.override_reason, **who)
+        reasons = [deployment.override_reason, _lowered_gates(settings)]
+        log.append("deploy", "executed", reason="; ".join(filter(None, reasons)) or None, **who)
         return deployment
 
 
@@ -328,6 +332,17 @@ def copy_model(source: Path, target: Path) -> None:
             shutil.copy2(old, new)
 
     shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def _lowered_gates(settings: Settings) -> str | None:
+    """Returns which settings let more through than the profile does by itself; None if none does."""
+    own, present = default_gates(settings.profile), settings.gates
+    lowered = [name for name in _FLOORS if getattr(present, name) < getattr(own, name)]
+    lowered += [name for name in _CEILINGS if getattr(present, name) > getattr(own, name)]
+    told = [f"gates.{name} {getattr(present, name):g} (default {getattr(own, name):g})" for name in lowered]
+    if settings.evaluation.case_limit is not None:
+        told.append(f"evaluation.case_limit {settings.evaluation.case_limit}")
+    return f"gates lowered by settings: {', '.join(told)}" if told else None
 
 
 def _serve_again(settings: Settings, domain: Domain, target: Deployment, on_progress: Progress | None) -> Deployment:

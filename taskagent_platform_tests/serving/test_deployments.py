@@ -283,6 +283,27 @@ def test_an_override_needs_a_reason_and_leaves_it_in_the_log_and_on_the_deployme
     assert "Tool selection is 0.0%" in (entries[0].reason or "")
 
 
+def test_gates_that_settings_lowered_are_on_record(stage: Stage) -> None:
+    _, model = make_model(stage.settings, "one")
+
+    def reason(override: str | None = None, **failing: int) -> str | None:
+        make_report(stage.settings, stage.domain, model, failing=failing)
+        stage.deploy(override_reason=override)
+        return list(audit_log(stage.settings).entries())[-1].reason
+
+    assert reason() is None
+    evaluation = stage.settings.evaluation.model_copy(update={"case_limit": 10})
+    changes = {"tool_selection": 0.99, "json_validity": 0, "champion_margin": 0.1, "latency_p95_ms": 30_000}
+    lax = stage.settings.gates.model_copy(update=changes)
+    stage.settings = stage.settings.model_copy(update={"evaluation": evaluation, "gates": lax})
+    lowered = (
+        "gates lowered by settings: gates.json_validity 0 (default 0.99), gates.latency_p95_ms 30000 (default 20000), "
+        "gates.champion_margin 0.1 (default 0.02), evaluation.case_limit 10"
+    )
+    assert reason() == lowered
+    assert reason("Maya decided it", tool_selection=10) == f"Maya decided it; {lowered}"
+
+
 def test_an_override_does_not_let_a_tampered_model_through(stage: Stage) -> None:
     stage.train("one")
     _touch_weights(stage)
