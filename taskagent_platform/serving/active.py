@@ -50,6 +50,7 @@ class Deployment(BaseModel):
         deployed_by: who.
         override_reason: why it was deployed although the gates refused it; None for a regular deployment.
         refusals: what the gates said where they were overridden.
+        server_options: how vLLM serves it: its options but for the model's folder and the address.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -66,6 +67,7 @@ class Deployment(BaseModel):
     deployed_by: str
     override_reason: str | None = None
     refusals: tuple[str, ...] = ()
+    server_options: tuple[str, ...] = ()
 
 
 class DomainDeployments(BaseModel):

@@ -209,6 +209,7 @@ def deploy(
                 deployed_by=actor,
                 override_reason=override_reason if verdict.refusals else None,
                 refusals=verdict.refusals,
+                server_options=_options(server),
             )
             log.check()
             if verdict.report_digest is not None:
@@ -349,7 +350,8 @@ def _serve_again(settings: Settings, domain: Domain, target: Deployment, on_prog
     """Makes what was deployed once the champion, as its server runs: it was judged with the settings of its day."""
     folder = target.model_folder
     with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
-        served = {"model_name": server.name, "base_url": server.base_url, "server": server.record_file}
+        place = {"base_url": server.base_url, "server": server.record_file}
+        served = {"model_name": server.name, "server_options": _options(server), **place}
         deployment = target.model_copy(update=served)
         audit_log(settings).check()
         _promote(settings, deployment, server)

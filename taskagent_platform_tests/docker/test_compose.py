@@ -17,8 +17,9 @@ import yaml
 from taskagent_platform.defs.instance import prepare_instance
 from taskagent_platform.defs.tracking import server_environment
 from taskagent_platform.serving.active import API_KEY_VARIABLE
-from taskagent_platform.serving.server import server_command
+from taskagent_platform.serving.server import options_of, server_command
 from taskagent_platform.settings import PROJECT_ROOT, Settings, load_settings
+from taskagent_platform_tests.serving.judged_model import make_model
 
 DOCKER = PROJECT_ROOT / "docker"
 OWN = ("mlflow", "code-location", "webserver", "daemon")
@@ -224,13 +225,44 @@ def test_the_plain_server_serves_as_the_platform_s_own_does(tmp_path, monkeypatc
     monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
     monkeypatch.setenv("TASKAGENT_PROFILE", "gpu")
     folder = tmp_path / "model"
-    deployment = {"model_folder": str(folder), "model_name": "task_api", "model_digest": "d"}
-    _, *plain = serve_deployed().command(deployment, 8000)
+    monkeypatch.setenv("TASKAGENT_SERVING__DTYPE", "float16")
+    monkeypatch.setenv("TASKAGENT_SERVING__MAX_NUM_SEQS", "7")
+    monkeypatch.setenv("TASKAGENT_SEED", "3")
+    # Where the candidate was judged: not from the deployment's copy, and at another address.
+    judged = server_command(load_settings(), tmp_path / "merged", name="task_api", host="127.0.0.1", port=1)
+    deployment = {"model_folder": str(folder), "server_options": options_of(judged)}
+    _, *plain = serve_deployed().command(json.loads(json.dumps(deployment)), 8000)
     _, *own = server_command(load_settings(), folder, name="task_api", host="0.0.0.0", port=8000)
     # It has the card to itself.
     share = own.index("--gpu-memory-utilization")
     del own[share : share + 2]
-    assert sorted(plain) == sorted(argument for argument in own if argument != "--enforce-eager")
+    assert sorted(plain) == sorted(own)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda folder, deployment: None, None),
+        (lambda folder, deployment: deployment.pop("server_options"), "does not say how its model is served"),
+        (lambda folder, deployment: deployment.update(model_digest="d" * 64), "does not hold model dddddddddddd"),
+        (lambda folder, deployment: (folder / "model.safetensors").write_text("x"), r"manifest \(model.safetensors\)"),
+        (lambda folder, deployment: (folder / "extra.py").write_text(""), r"manifest \(extra.py\)"),
+        (lambda folder, deployment: (folder / "config.json").unlink(), r"manifest \(config.json\)"),
+        (lambda folder, deployment: (folder / "manifest.json").write_text("[]"), "cannot be read"),
+    ],
+)
+def test_the_plain_server_serves_nothing_that_was_changed(tmp_path, monkeypatch, harm, says):
+    monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path))
+    folder, model = make_model(load_settings(profile="smoke"))
+    deployment = {"model_folder": str(folder), "model_digest": model.digest, "server_options": ["--seed", "3"]}
+    harm(folder, deployment)
+    module = serve_deployed()
+    assert module.fault(deployment) is None if says is None else re.search(says, module.fault(deployment))
+    if says is not None:
+        active = tmp_path / "active.json"
+        active.write_text(json.dumps({"domains": {"task_api": {"active": deployment}}}))
+        monkeypatch.setattr(module.subprocess, "Popen", None)
+        assert module.main(active, "task_api", 8000) == 1
 
 
 def test_nothing_is_served_that_is_not_deployed(tmp_path):

@@ -1,5 +1,7 @@
+import json
 import socket
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,8 @@ def test_a_candidate_that_passes_is_promoted_as_it_runs(stage: Stage) -> None:
     assert stage.starts == []
     promoted = stage.record(model.digest)
     assert (promoted.pid, promoted.detached) == (candidate.pid, True)
+    assert dict(pairwise(deployment.server_options))["--max-num-seqs"] == "32"
+    assert str(candidate.port) not in deployment.server_options
     assert (deployment.deployed_by, deployment.override_reason, deployment.refusals) == ("ann", None, ())
     assert [gate.passed for gate in deployment.gates] == [True] * 6
     assert stage.gateway_runs
@@ -515,7 +519,13 @@ def test_what_is_deployed_is_served_again_although_a_newer_candidate_was_blocked
     assert stage.starts == [kept / second.digest]
     last = list(audit_log(stage.settings).entries())[-1]
     assert (last.action, last.outcome, last.actor, last.model_digest) == ("serve", "executed", "ann", second.digest)
-    serve(stage.settings, stage.domain)
+    # A record from before the options were kept is read, and completed.
+    file = active_file(stage.settings)
+    told = read_active(file).model_dump(mode="json")
+    del told["domains"][NAME]["active"]["server_options"]
+    file.write_text(json.dumps(told))
+    again = serve(stage.settings, stage.domain)
+    assert dict(pairwise(again.server_options))["--max-num-seqs"] == "1"
     assert len(stage.starts) == 1, "it answers"
     (kept / second.digest / "model.safetensors").write_text("tampered")
     stop_all(stage.settings)
