@@ -377,7 +377,11 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         written = yaml.safe_load(file.read_text()) if file.exists() else {}
     except yaml.YAMLError as error:
-        raise PlatformError(f"{file} is not valid YAML: {error}") from error
+        # Without the line itself, which may hold an alert's address.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise PlatformError(f"{file}{where} is not valid YAML: {problem}.") from None
     if not isinstance(written or {}, dict):
         raise PlatformError(f"{file} must hold a mapping of settings, not {type(written).__name__}.")
     written = _merge(written or {}, overrides)

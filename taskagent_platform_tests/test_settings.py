@@ -43,7 +43,7 @@ def test_the_environment_wins_over_the_callers_values_and_those_over_the_file(
         ("serving: {port: 99999}", r"serving\.port = 99999"),
         ("profile: fast", "There is no profile 'fast'"),
         ("- a list", "must hold a mapping"),
-        ("serving: {", "is not valid YAML"),
+        ("serving: {", r"settings\.yaml, line 1, column \d+ is not valid YAML: \w"),
     ],
 )
 def test_a_wrong_value_is_named(home: Path, written: str, complaint: str) -> None:
