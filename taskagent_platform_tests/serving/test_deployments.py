@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from taskagent_platform.artifacts import Manifest
+from taskagent_platform.artifacts import MANIFEST_NAME, Manifest, read_manifest
 from taskagent_platform.audit import account, audit_log
 from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.errors import PlatformError
@@ -48,8 +48,11 @@ class Stage:
         self.gateway_runs = False
 
     def serve_otherwise(self, **changes: Any) -> None:
+        """Changes how models are served, and measures the present one, if there is one, as it is served then."""
         serving = self.settings.serving.model_copy(update=changes)
         self.settings = self.settings.model_copy(update={"serving": serving})
+        if (self.model_folder / MANIFEST_NAME).exists():
+            make_report(self.settings, self.domain, read_manifest(self.model_folder))
 
     def start(self, settings: Settings, model_folder: Path, **options: Any) -> Server:
         self.starts.append(model_folder)
