@@ -37,6 +37,9 @@ _WITHOUT_INFLUENCE = {
     "mlflow_uri",
     "bfcl",
 }
+# What models are judged by, and where the champion is found. A run that chose these for itself would pass its gates by
+# its configuration, without the written reason that an override needs.
+_OF_EVERY_RUN = ("gates", "evaluation.case_limit", "evaluation.latency_requests", "home", "profile")
 
 
 @dataclass
@@ -114,11 +117,24 @@ class Platform(dg.ConfigurableResource[Any]):
     overrides: dict[str, Any] = Field(
         default={},
         description="settings of this run, nested by section (`training: {epochs: 2}`); they win over settings.yaml, "
-        "TASKAGENT_… variables win over them",
+        "TASKAGENT_… variables win over them; what models are judged by cannot be among them",
     )
 
     def settings(self) -> Settings:
-        """Returns the settings of this run. Raises PlatformError for a wrong value."""
+        """Returns the settings of this run.
+
+        Raises:
+            PlatformError: a value is wrong, or a run may not choose it for itself.
+        """
+        for name in _OF_EVERY_RUN:
+            section, _, field_name = name.partition(".")
+            given = self.overrides.get(section)
+            if section in self.overrides and (not field_name or (isinstance(given, Mapping) and field_name in given)):
+                raise PlatformError(
+                    f"{name} cannot be set for one run (overrides of the resource platform): set it in settings.yaml "
+                    "or by variable, where it concerns every run; a model that its gates refuse is deployed only by "
+                    "override_reason of vllm_endpoint."
+                )
         return load_settings(**self.overrides)
 
     def finished(self, settings: Settings, domain: Domain, name: str) -> Manifest:

@@ -17,14 +17,14 @@ from taskagent_platform.domains.task_api import TaskApiDomain
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform_tests.serving.judged_model import make_model, make_report, small_domain
 
-LIMITS = {"evaluation": {"case_limit": None}}
-
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("TASKAGENT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TASKAGENT_PROFILE", "smoke")
-    return load_settings(**LIMITS)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "settings.yaml").write_text("evaluation: {case_limit: null}\n")
+    return load_settings()
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def with_expectations(report: dict[str, Any]) -> None:
 
 
 def materialize(*assets: dg.AssetsDefinition) -> dict[str, Any]:
-    result = dg.materialize([*assets], resources={"platform": Platform(overrides=LIMITS)})
+    result = dg.materialize([*assets], resources={"platform": Platform()})
     assert result.success
     made = result.get_asset_materialization_events()
     return {event.asset_key.path[1]: event.materialization.metadata for event in made if event.asset_key}

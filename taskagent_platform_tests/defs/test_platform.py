@@ -99,6 +99,22 @@ def test_a_wrong_setting_of_a_run_fails_it_with_a_sentence(settings, instance):
     assert "training.epochs = -1" in result.failure_data_for_node("lights__lamp").user_failure_data.description
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("gates", {"gates": {"tool_selection": 0.0}}),
+        ("evaluation.case_limit", {"evaluation": {"case_limit": 1}}),
+        ("evaluation.latency_requests", {"evaluation": {"latency_requests": 1}}),
+        ("home", {"home": "elsewhere"}),
+        ("profile", {"profile": "cpu"}),
+    ],
+)
+def test_a_run_cannot_choose_what_models_are_judged_by(settings, name, overrides):
+    with pytest.raises(PlatformError, match=rf"^{name} cannot be set for one run .*settings.yaml.*override_reason"):
+        Platform(overrides=overrides).settings()
+    assert Platform(overrides={"evaluation": {"concurrency": 2}}).settings().evaluation.concurrency == 2
+
+
 def test_what_a_killed_run_left_is_removed(settings, instance):
     folder = settings.folder("lights")
     partial, other = folder / ".lamp.12345678.partial", folder / ".socket.12345678.partial"
