@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 import dagster as dg
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 from dagster._utils.schedules import is_valid_cron_schedule
 
 from taskagent_platform.defs.check_evaluations import failed_checks
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 _DEFAULT_DOMAIN: str = Settings.model_fields["domain"].default
 RETRAIN_TAG = "taskagent/retrain"
 """A run's tag that names the domain it retrains; dagster.yaml lets one such run of each domain go at a time."""
-_RECENT = 5
+# Whoever makes single assets by hand leaves runs that do not count.
+_RECENT = 20
 
 
 def job_name(domain: str) -> str:
@@ -75,6 +77,8 @@ def nightly_retrain(domain: Domain) -> dg.ScheduleDefinition:
 
 def _reason_to_skip(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str | None:
     """Returns why an earlier run of the same data, code and settings makes another one needless, or None."""
+    if not _is_whole(instance, run):
+        return None
     same = f"Code, data and settings are the same as in run {run.run_id[:8]}"
     if run.status == dg.DagsterRunStatus.SUCCESS:
         return f"{same}."
@@ -86,3 +90,17 @@ def _reason_to_skip(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str | N
     blocked = failed_checks(instance, run.run_id)
     stopping = [check.check_name for check in blocked if check.severity == dg.AssetCheckSeverity.ERROR]
     return f"{same}, which its checks stopped ({', '.join(stopping)})." if stopping else None
+
+
+def _is_whole(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Tells whether a run makes everything that its job holds, by itself or by going on where such a run failed."""
+    if RESUME_RETRY_TAG in run.tags or ASSET_RESUME_RETRY_TAG in run.tags:
+        failed = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id is not None else None
+        return failed is not None and _is_whole(instance, failed)
+    if run.asset_selection:
+        return False
+    # A run that is executed where it was asked for names its steps, also where it takes them all.
+    plan = run.execution_plan_snapshot_id
+    if run.step_keys_to_execute is None or plan is None:
+        return run.step_keys_to_execute is None
+    return {step.key for step in instance.get_execution_plan_snapshot(plan).steps} <= set(run.step_keys_to_execute)

@@ -4,6 +4,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.execution.api import create_execution_plan
+from dagster._core.storage.tags import ASSET_RESUME_RETRY_TAG, RESUME_RETRY_TAG
 
 from taskagent_platform.artifacts import new_artifact
 from taskagent_platform.data.targeted import KIND as TARGETED
@@ -31,6 +33,16 @@ def instance():
 
 
 @dg.asset
+def whole() -> None:
+    pass
+
+
+@dg.asset
+def socket() -> None:
+    pass
+
+
+@dg.asset
 def report() -> None:
     pass
 
@@ -49,7 +61,7 @@ def tick(instance: dg.DagsterInstance) -> Any:
     return retrain.nightly_retrain(SWITCHES).evaluate_tick(dg.build_schedule_context(instance))
 
 
-def earlier_run(instance: dg.DagsterInstance, assets: list[Any]) -> None:
+def earlier_run(instance: dg.DagsterInstance, assets: list[Any], chosen: list[dg.AssetKey] | None = None) -> None:
     """Leaves a run of the same data, code and settings, as the job's own would be."""
     job = dg.Definitions(
         assets=assets,
@@ -57,7 +69,7 @@ def earlier_run(instance: dg.DagsterInstance, assets: list[Any]) -> None:
         executor=dg.in_process_executor,
     ).resolve_job_def(JOB)
     tags = {FINGERPRINT_TAG: fingerprint(load_settings(), SWITCHES)}
-    job.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+    job.execute_in_process(instance=instance, tags=tags, raise_on_error=False, asset_selection=chosen)
 
 
 def test_cron_and_time_zone_come_from_the_settings(monkeypatch):
@@ -97,6 +109,41 @@ def test_a_model_that_its_checks_stopped_is_not_made_again(instance):
 
 def test_a_run_that_crashed_is_tried_again(instance):
     earlier_run(instance, [broken])
+    assert len(tick(instance).run_requests) == 1
+
+
+def test_a_whole_run_is_not_done_again(instance):
+    earlier_run(instance, [whole])
+    assert "are the same as in run" in tick(instance).skip_message
+
+
+def test_a_run_of_a_part_is_no_reason_to_skip(instance):
+    job = dg.Definitions(assets=[whole, socket], jobs=[dg.define_asset_job(JOB)]).resolve_job_def(JOB)
+
+    def ended(status: dg.DagsterRunStatus, tag: str | None = None, steps: Any = None, after: Any = None) -> Any:
+        tags = {FINGERPRINT_TAG: fingerprint(load_settings(), SWITCHES), **({tag: "true"} if tag else {})}
+        return instance.create_run_for_job(
+            job,
+            create_execution_plan(job, step_keys_to_execute=steps),
+            tags=tags,
+            status=status,
+            # What the page asks for after a failure of single assets.
+            asset_selection=frozenset({whole.key}) if tag == ASSET_RESUME_RETRY_TAG else None,
+            parent_run_id=after,
+            root_run_id=after,
+        ).run_id
+
+    success, failure = dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE
+    part = ended(success, steps=["whole"])
+    ended(success, RESUME_RETRY_TAG, steps=["whole"], after=part)
+    ended(success, ASSET_RESUME_RETRY_TAG, after=part)
+    assert len(tick(instance).run_requests) == 1
+    ended(success, RESUME_RETRY_TAG, steps=["whole"], after=ended(failure))
+    assert "are the same as in run" in tick(instance).skip_message
+
+
+def test_a_run_of_chosen_assets_is_no_reason_to_skip(instance):
+    earlier_run(instance, [whole, socket], chosen=[whole.key])
     assert len(tick(instance).run_requests) == 1
 
 
