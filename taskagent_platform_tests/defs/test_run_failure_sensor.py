@@ -8,6 +8,7 @@ import pytest
 from taskagent_platform.defs.alert_sensor import alert_sensor
 from taskagent_platform.defs.run_failure_sensor import run_failure_sensor
 from taskagent_platform.errors import PlatformError
+from taskagent_platform.serving.active import active_file
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.receivers import http_receiver
 
@@ -74,6 +75,42 @@ def test_an_alert_that_nobody_takes_fails_the_tick_that_dagster_shows(instance, 
         tell(instance, [lamp])
         with pytest.raises(PlatformError, match=r"json \(address 1\) does not take alerts"):
             deliver(instance)
+
+
+def test_wrong_settings_and_a_damaged_record_keep_no_alert_back(instance, monkeypatch, tmp_path):
+    with http_receiver() as http:
+        monkeypatch.setenv("TASKAGENT_ALERTS__URLS", f'["{http.url}"]')
+        at_start = load_settings()
+        monkeypatch.setattr("taskagent_platform.defs.run_failure_sensor.settings", lambda: at_start)
+        active_file(at_start).parent.mkdir(parents=True)
+        active_file(at_start).write_text("{")
+        (tmp_path / "settings.yaml").write_text("training: {epochs: -1}\n")
+        assert "failed" in tell(instance, [lamp]).skip_message
+        (tmp_path / "settings.yaml").unlink()
+        deliver(instance)
+        assert "put one in." in http.posted[0]["message"]
+        assert "Serving" not in http.posted[0]["message"]
+
+
+def test_a_run_of_the_command_line_is_seen_and_told_once_the_outbox_takes_it(instance):
+    code_location = dg.Definitions(assets=[lamp], sensors=[run_failure_sensor()]).get_repository_def()
+
+    def tick(cursor: str | None) -> Any:
+        context = dg.build_sensor_context(instance=instance, repository_def=code_location, cursor=cursor)
+        return run_failure_sensor().evaluate_tick(context)
+
+    cursor = tick(None).cursor
+    assert dg.materialize([lamp], instance=instance, raise_on_error=False).dagster_run.remote_job_origin is None
+    damaged = load_settings().home / "smoke" / "alerts" / "outbox.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    with pytest.raises(dg.DagsterInvariantViolationError, match=r"waits: .*outbox\.json is damaged"):
+        tick(cursor)
+    damaged.unlink()
+    seen = tick(cursor)
+    assert "failed" in seen.skip_message
+    assert "put one in." in damaged.read_text()
+    assert "failed" not in (tick(seen.cursor).skip_message or "")
 
 
 def test_without_an_address_the_tick_says_what_to_set(instance):
