@@ -88,7 +88,8 @@ class StageProgress:
     def share(self) -> float | None:
         """Returns how much of the stage is done, from 0 to 1, where it says so."""
         for done, whole in (("step", "steps"), ("cases_done", "cases")):
-            if self.figures.get(whole):
+            # A finished adapter says how many steps it took, and no longer at which one it is.
+            if done in self.figures and self.figures.get(whole):
                 share: float = float(self.figures[done]) / float(self.figures[whole])
                 return min(1.0, share)
         return None
@@ -97,13 +98,13 @@ class StageProgress:
         """Returns the newest figures and note in a line."""
         figures = self.figures
         parts = []
-        if self.state == "running" and "steps" in figures:
+        if self.state == "running" and {"step", "steps"} <= figures.keys():
             parts.append(f"step {figures['step']}/{figures['steps']}")
             losses = [name for name in ("loss", "eval_loss") if name in figures]
             parts += [f"{name.replace('_', ' ')} {figures[name]:.4f}" for name in losses]
             if "eta_s" in figures:
                 parts.append(f"{duration(figures['eta_s'])} left")
-        elif self.state == "running" and "cases" in figures:
+        elif self.state == "running" and {"cases_done", "cases"} <= figures.keys():
             parts.append(f"{figures['cases_done']}/{figures['cases']} cases")
             if "eta_s" in figures:
                 parts.append(f"{duration(figures['eta_s'])} left")
@@ -164,8 +165,10 @@ class RunProgress:
             self._end(self.stages[name], kind, event, entry.timestamp)
         elif kind == "ASSET_OBSERVATION" and name in self.stages:
             stage, figures = self.stages[name], _plain(event.asset_observation_data.asset_observation.metadata)
-            # A sweep trains and measures by turns: the steps of the one are not how far the other is.
+            # A sweep trains and measures by turns, and an evaluation asks cases, then times requests: how far the one
+            # is, and how long it still takes, is nothing that the other says.
             same_part = ("steps" in figures) == ("steps" in stage.figures)
+            same_part = same_part and figures.get("what") == stage.figures.get("what")
             stage.figures = {**stage.figures, **figures} if same_part else figures
         elif kind == "ASSET_MATERIALIZATION" and name in self.stages:
             made = _plain(event.step_materialization_data.materialization.metadata)

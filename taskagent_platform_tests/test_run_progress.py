@@ -61,6 +61,7 @@ def torn() -> dg.AssetCheckResult:
     raise RuntimeError("the report is torn")
 
 
+EVENTS = {dg.DagsterEventType.STEP_START, dg.DagsterEventType.ASSET_OBSERVATION}
 STAGES = ("adapter", "base", "report", "endpoint", "broken")
 
 
@@ -122,6 +123,31 @@ def test_a_running_evaluation_shows_its_cases():
     stage.figures = {"cases_done": 30, "cases": 120}
     assert stage.details() == "30/120 cases"
     assert stage.share() == 0.25
+
+
+def test_a_finished_training_whose_step_has_not_ended_is_shown():
+    stage = StageProgress("lora_adapter", "running", 0.0, figures={"steps": 12}, note="MLflow run: 1")
+    assert stage.share() is None
+    assert stage.details() == "MLflow run: 1"
+
+
+@dg.asset(key=["lights", "evaluation"])
+def evaluation(context: dg.AssetExecutionContext) -> None:
+    cases: dict[str, Any] = {"what": "cases", "cases_done": 4, "cases": 4, "eta_s": 0.0}
+    requests: dict[str, Any] = {"what": "timed requests", "cases_done": 1, "cases": 40}
+    for figures in (cases, requests):
+        context.log_event(dg.AssetObservation(asset_key=context.asset_key, metadata=figures))
+
+
+def test_the_time_left_of_the_cases_is_not_that_of_what_follows():
+    with dg.instance_for_test() as instance:
+        run = dg.materialize([evaluation], instance=instance).run_id
+        progress = RunProgress("lights", ["evaluation"])
+        shown = []
+        for record in instance.get_records_for_run(run, of_type=EVENTS).records:
+            progress.apply(record.event_log_entry)
+            shown.append(progress.stages["evaluation"].details())
+    assert shown == ["", "4/4 cases, 0 s left", "1/40 cases"]
 
 
 @dg.asset(key=["lights", "sweep"])
