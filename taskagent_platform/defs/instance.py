@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.launchers.routes import PROCESS_TAG, ROUTE_TAG
 from taskagent_platform.process_identity import marked_process
 from taskagent_platform.settings import Settings
 
@@ -85,14 +85,18 @@ def open_instance(settings: Settings) -> "DagsterInstance":
 
 
 def close_abandoned_runs(instance: "DagsterInstance") -> list[str]:
-    """Marks runs as failed that still count as running but whose process is gone; returns their ids."""
+    """Marks runs as failed that still count as running but whose process is gone; returns their ids.
+
+    Runs that the launcher sent somewhere are left to the daemon's monitoring: their process may be in a container, and
+    what is lost is gone on with.
+    """
     from dagster import DagsterRunStatus, RunsFilter
 
     going = [DagsterRunStatus.STARTING, DagsterRunStatus.STARTED, DagsterRunStatus.CANCELING]
     closed = []
     for run in instance.get_runs(filters=RunsFilter(statuses=going)):
         mark = run.tags.get(PROCESS_TAG)
-        if mark is not None and marked_process(mark) is None:
+        if mark is not None and ROUTE_TAG not in run.tags and marked_process(mark) is None:
             instance.report_run_failed(run, "The process of this run ended without finishing it.")
             closed.append(run.run_id)
     return closed

@@ -17,7 +17,7 @@ from taskagent_platform.defs.instance import close_abandoned_runs, prepare_insta
 from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.launchers.routes import PROCESS_TAG
+from taskagent_platform.launchers.routes import PROCESS_TAG, ROUTE_TAG
 from taskagent_platform.process_identity import process_mark
 from taskagent_platform.settings import load_settings
 from taskagent_platform_tests.light_domain import LIGHTS
@@ -184,6 +184,9 @@ def test_a_run_whose_process_is_gone_no_longer_counts_as_running(instance):
         instance.create_run_for_job(empty, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: tag})
         for tag in (mark, process_mark(psutil.Process()))
     ]
+    sent = instance.create_run_for_job(
+        empty, status=dg.DagsterRunStatus.STARTED, tags={PROCESS_TAG: mark, ROUTE_TAG: "gpu:docker"}
+    )
     assert close_abandoned_runs(instance) == []
     child.kill()
     # Not waited for: a zombie is gone, too.
@@ -191,7 +194,8 @@ def test_a_run_whose_process_is_gone_no_longer_counts_as_running(instance):
     assert close_abandoned_runs(instance) == [going[0].run_id]
     child.wait()
     assert instance.get_run_by_id(going[0].run_id).status == dg.DagsterRunStatus.FAILURE
-    assert instance.get_run_by_id(going[1].run_id).status == dg.DagsterRunStatus.STARTED
+    for run in (going[1], sent):
+        assert instance.get_run_by_id(run.run_id).status == dg.DagsterRunStatus.STARTED
 
 
 def test_the_instance_is_configured_once_and_sends_nothing_home(settings):
