@@ -1,6 +1,7 @@
 """How long the main job will take on this machine, before it starts."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ _SMOKE_S = 60.0
 _GPU_S = 2400.0
 _MATRIX = 1024
 _MEASURE_S = 0.5
-_LOOK_BACK = 20
+_PAGE = 20
+_LONG_ONES = ("lora_adapter", "eval_report")
 
 
 @dataclass(frozen=True)
@@ -69,25 +71,52 @@ def _examples(settings: Settings) -> int:
 
 
 def _recorded_s(settings: Settings, domain: Domain, instance: "DagsterInstance") -> float | None:
-    """Returns the time that the stages took when they were last made, or None if one of the long ones never was."""
+    """Returns the time that the stages took when they were last made.
+
+    None if one of the long ones never was, or if one was only ever reused or gone on with: that tells no time.
+    """
     from taskagent_platform.defs.domain import stage_names
-    from taskagent_platform.defs.keys import asset_key
 
     total = 0.0
-    long_ones = {"lora_adapter", "eval_report"}
     for name in stage_names(domain):
-        records = instance.fetch_materializations(asset_key(domain, name), limit=_LOOK_BACK).records
-        for record in records:
-            made = record.asset_materialization
-            values: dict[str, Any] = (
-                {name: value.value for name, value in made.metadata.items()} if made is not None else {}
-            )
-            if values.get("profile") == settings.profile and not values.get("reused"):
-                seconds = float(values.get("seconds", 0))
-                if name == "lora_adapter" and values.get("examples"):
-                    # The dataset may have grown since.
-                    seconds *= _examples(settings) * (1 - settings.data.evaluation_share) / float(values["examples"])
-                total += seconds
-                long_ones.discard(name)
+        values: dict[str, Any] | None = None
+        for values in _materializations(settings, domain, instance, name):
+            # A training that was cut off and gone on with counts the seconds of its last part.
+            if not values.get("reused") and not values.get("resumed_from"):
+                total += float(values.get("seconds", 0)) * _growth(settings, name, values)
                 break
-    return None if long_ones else total
+        else:
+            if values is not None or name in _LONG_ONES:
+                return None
+    return total
+
+
+def _materializations(
+    settings: Settings, domain: Domain, instance: "DagsterInstance", name: str
+) -> Iterator[dict[str, Any]]:
+    """Yields what a stage's materializations with this profile say of themselves, the newest first."""
+    from taskagent_platform.defs.keys import asset_key
+
+    cursor: str | None = None
+    while True:
+        page = instance.fetch_materializations(asset_key(domain, name), limit=_PAGE, cursor=cursor)
+        for record in page.records:
+            made = record.asset_materialization
+            values = {name: value.value for name, value in made.metadata.items()} if made is not None else {}
+            if values.get("profile") == settings.profile:
+                yield values
+        if not page.has_more:
+            return
+        cursor = page.cursor
+
+
+def _growth(settings: Settings, name: str, values: dict[str, Any]) -> float:
+    """Returns how many times as long a training takes now: the dataset may have grown since, or the epochs."""
+    if name != "lora_adapter":
+        return 1.0
+    growth = 1.0
+    if values.get("examples"):
+        growth = _examples(settings) * (1 - settings.data.evaluation_share) / float(values["examples"])
+    if values.get("epochs"):
+        growth *= settings.training.epochs / float(values["epochs"])
+    return growth

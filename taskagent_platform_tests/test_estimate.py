@@ -69,5 +69,35 @@ def test_a_training_on_more_examples_is_estimated_longer(settings, instance):
     assert estimate(settings, LIGHTS, instance).seconds == pytest.approx(200.0, rel=0.01)
 
 
+def test_a_training_of_more_epochs_is_estimated_longer(settings, instance):
+    record(instance, "eval_report", 0.0)
+    record(instance, "lora_adapter", 100.0, epochs=settings.training.epochs / 2)
+    assert estimate(settings, LIGHTS, instance).seconds == pytest.approx(200.0)
+
+
+def test_a_training_that_was_gone_on_with_tells_nothing(settings, instance):
+    unknown = estimate(settings, LIGHTS, instance)
+    record(instance, "eval_report", 100.0)
+    record(instance, "lora_adapter", 3.0, resumed_from=280)
+    assert estimate(settings, LIGHTS, instance) == unknown
+    record(instance, "lora_adapter", 1000.0, resumed_from=0)
+    record(instance, "lora_adapter", 3.0, resumed_from=280)
+    assert estimate(settings, LIGHTS, instance).seconds == pytest.approx(1100.0)
+
+
+def test_a_stage_that_has_long_been_reused_is_not_taken_for_free(settings, instance, monkeypatch):
+    monkeypatch.setattr(module, "_PAGE", 2)
+    unknown = estimate(settings, LIGHTS, instance)
+    record(instance, "eval_report", 100.0)
+    record(instance, "lora_adapter", 1000.0)
+    for _ in range(5):
+        record(instance, "merged_model", 0.1, reused=True)
+    assert estimate(settings, LIGHTS, instance) == unknown, "nothing here says how long it takes"
+    record(instance, "merged_model", 40.0)
+    for _ in range(5):
+        record(instance, "merged_model", 0.1, reused=True)
+    assert estimate(settings, LIGHTS, instance).seconds == pytest.approx(1140.0)
+
+
 def test_the_speed_of_this_machine_is_a_speed():
     assert matrix_gflops(0.01) > 0

@@ -64,6 +64,8 @@ def lora_adapter(domain: Domain) -> dg.AssetsDefinition:
                 loss_curve=loss_curve(manifest.details["history"]),
                 mlflow=dg.MetadataValue.url(run.url),
                 training_seconds=round(manifest.details["seconds"], 1),
+                # A later estimate needs them.
+                epochs=stage.settings.training.epochs,
                 **{name: manifest.details.get(name) for name in _SHOWN},
             )
 
