@@ -175,7 +175,9 @@ class Outbox:
     def _deliver(self, urls: list[str]) -> Delivery:
         sent, faults = 0, []
         for number, url in enumerate(urls, start=1):
-            name = f"{url.partition('://')[0]} (address {number})"
+            # What has no scheme is all address, and may hold a password.
+            scheme, mark, _ = url.partition("://")
+            name = f"{scheme} (address {number})" if mark else f"address {number}"
             done, fault = self._deliver_to(url, name)
             sent += done
             if fault:

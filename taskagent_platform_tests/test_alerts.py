@@ -108,6 +108,15 @@ def test_a_receiver_that_is_down_is_tried_again_until_it_takes_the_alert(tmp_pat
         assert len(http.posted) == 1
 
 
+def test_an_address_without_a_scheme_is_named_by_its_place(tmp_path, clock):
+    box = outbox(tmp_path, clock, "hooks.slack.com/services/T0123/B0123/hidden")
+    box.put(alert())
+    for _ in range(2):
+        (fault,) = box.deliver().faults
+        assert fault.startswith("address 1 d")
+        assert "hidden" not in fault
+
+
 def test_an_address_that_is_down_keeps_no_alert_from_the_others(tmp_path, clock):
     send = Recorded()
     send.down = {"slack://one"}
