@@ -23,6 +23,7 @@ from taskagent_platform_tests.serving.judged_model import make_model
 
 DOCKER = PROJECT_ROOT / "docker"
 OWN = ("mlflow", "code-location", "webserver", "daemon")
+ENTRY_POINT = ["/bin/sh", "/app/docker/entrypoint.sh"]
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +182,15 @@ def test_every_program_that_is_started_is_installed(services):
     installed = {entry.name for entry in entry_points(group="console_scripts")}
     for name in OWN:
         for command in (services[name]["command"], services[name]["healthcheck"]["test"][1:]):
-            program = command[0]
+            program = command[2] if command[:2] == ENTRY_POINT else command[0]
             assert program in installed or program in ("python", "/bin/sh"), program
+
+
+def test_the_health_check_that_opens_the_instance_goes_through_the_entry_point(services):
+    """By itself it would not, and the entry point alone knows the password."""
+    assert (DOCKER / "Dockerfile").read_text().count(f"ENTRYPOINT {json.dumps(ENTRY_POINT)}\n") == 2
+    check = services["daemon"]["healthcheck"]["test"]
+    assert check == ["CMD", *ENTRY_POINT, "dagster-daemon", "liveness-check"]
 
 
 @pytest.mark.parametrize(("key", "handed_on"), [("tk_1\n", "s3cret tk_1\n"), ("", "s3cret none\n")])

@@ -54,15 +54,21 @@ class Layout:
         self.home = self.data / "dagster"
         self.home.mkdir(parents=True)
         (folder / "mlflow").mkdir()
-        (folder / "alert_urls").touch()
+        secrets = folder / "secrets"
+        secrets.mkdir()
+        (secrets / "alert_urls").touch()
+        (secrets / "postgres_password").write_text(PASSWORD)
+        self.entry_point = folder / "entrypoint.sh"
         self.ports = {port: str(free_port()) for port in ("3210", "4000", "5000", "5432", "8210")}
         self._named = {
             "/app/docker/workspace.yaml": str(folder / "workspace.yaml"),
-            "/run/secrets/alert_urls": str(folder / "alert_urls"),
+            "/app/docker/entrypoint.sh": str(self.entry_point),
+            "/run/secrets": str(secrets),
             "--artifacts-destination /mlflow": f"--artifacts-destination {folder / 'mlflow'}",
         }
         self.services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
         (folder / "workspace.yaml").write_text(self.here((DOCKER / "workspace.yaml").read_text()))
+        self.entry_point.write_text(self.here((DOCKER / "entrypoint.sh").read_text()))
         instance = yaml.safe_load(self.here((DOCKER / "dagster.yaml").read_text()))
         if not postgres:
             instance["storage"] = {"sqlite": {"base_dir": str(self.home)}}
@@ -88,10 +94,9 @@ class Layout:
             **stated,
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": os.pathsep.join([str(PROJECT_ROOT), os.environ.get("PYTHONPATH", "")]),
-            # What the image and the entry point set.
+            # What the image sets. The password is left to the entry point.
             "DAGSTER_HOME": str(self.home),
             "TASKAGENT_HOME": str(self.data),
-            "DAGSTER_PG_PASSWORD": PASSWORD,
             "DAGSTER_PG_HOST": "127.0.0.1",
             "TASKAGENT_PROFILE": "smoke",
             "NO_PROXY": "127.0.0.1,localhost",
@@ -103,7 +108,7 @@ class Layout:
         command = [self.here(part) for part in self.services[name]["command"]]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                ["/bin/sh", str(DOCKER / "entrypoint.sh"), *command],
+                ["/bin/sh", str(self.entry_point), *command],
                 env=self.environment(name), cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
@@ -144,7 +149,6 @@ def postgres(layout: Layout) -> Iterator[None]:
     """Runs a PostgreSQL of its own, as another user where this one is root, whom it refuses."""
     data = layout.folder / "postgres"
     data.mkdir()
-    (layout.folder / "password").write_text(PASSWORD)
     user: dict[str, Any] = {}
     if os.getuid() == 0:
         nobody = pwd.getpwnam("nobody")
@@ -158,7 +162,8 @@ def postgres(layout: Layout) -> Iterator[None]:
         subprocess.run(command, check=True, capture_output=True, cwd=data, **user)
 
     made = data / "cluster"
-    run("initdb", "-D", str(made), "-U", "dagster", "--auth=scram-sha-256", "--pwfile", str(layout.folder / "password"))
+    password = layout.folder / "secrets" / "postgres_password"
+    run("initdb", "-D", str(made), "-U", "dagster", "--auth=scram-sha-256", "--pwfile", str(password))
     options = f"-p {layout.ports['5432']} -c listen_addresses=127.0.0.1 -c unix_socket_directories={data}"
     run("pg_ctl", "-D", str(made), "-w", "-l", str(data / "log"), "-o", options, "start")
     try:

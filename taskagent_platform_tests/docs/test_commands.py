@@ -156,9 +156,10 @@ def test_compose_has_what_is_named(command):
     if "--profile" in parts:
         assert parts[parts.index("--profile") + 1] in profiles
     if "exec" in parts:
-        service, *inside = parts[parts.index("exec") + 1 :]
+        service, shell, entry_point, *inside = parts[parts.index("exec") + 1 :]
         assert service in services
-        assert program(" ".join(inside)) == "taskagent"
+        assert (shell, entry_point) == ("sh", "/app/docker/entrypoint.sh")
+        assert program(" ".join(inside)) in ("taskagent", "dagster")
     else:
         assert set(parts[parts.index("up") + 1 :]) - {"--build"} <= set(services)
 
