@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -285,6 +286,7 @@ def serve(domain: DomainOption = None) -> None:
 @app.command()
 def stop() -> None:
     """Stop the runs, model servers, gateway and pages that the platform started, and only those."""
+    from taskagent_platform.defs.instance import report_canceling
     from taskagent_platform.job_process import stop_jobs
     from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers
     from taskagent_platform.serving.deployments import stop_all
@@ -293,7 +295,8 @@ def stop() -> None:
     workers = RunWorkers(settings.home / "dagster" / FOLDER)
     # Runs first, so that none starts a server again.
     stopped = stop_jobs(settings)
-    stopped += [f"run {run_id[:8]}, which Dagster had started" for run_id in workers.stop_all()]
+    runs = workers.stop_all(partial(report_canceling, settings))
+    stopped += [f"run {run_id[:8]}, which Dagster had started" for run_id in runs]
     stopped += stop_all(settings)
     stopped += _stop_pages(settings)
     for text in stopped:

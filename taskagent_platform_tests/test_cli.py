@@ -10,6 +10,7 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+import dagster as dg
 import httpx
 import psutil
 import pytest
@@ -17,9 +18,11 @@ from typer.testing import CliRunner, Result
 
 from taskagent_platform import cli
 from taskagent_platform.audit import audit_log
+from taskagent_platform.defs.instance import open_instance
 from taskagent_platform.domains.registry import find_domain
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.evaluation.report import EvalReport
+from taskagent_platform.launchers.run_worker import FOLDER, RunWorkers
 from taskagent_platform.serving import deployments
 from taskagent_platform.serving import server as server_module
 from taskagent_platform.serving.active import (
@@ -492,6 +495,28 @@ def test_stop_interrupts_a_job_that_another_process_waits_for_and_no_other_proce
             process.kill()
             process.wait()
         waiting.stdout.close()
+
+
+def test_stop_says_that_a_run_of_dagster_is_canceled_before_it_ends_it(monkeypatch):
+    @dg.job
+    def empty():
+        pass
+
+    settings = load_settings()
+    # What opening the instance sets.
+    monkeypatch.setenv("DAGSTER_HOME", str(settings.home / "dagster"))
+    with open_instance(settings) as instance:
+        run_id = instance.create_run_for_job(empty, status=dg.DagsterRunStatus.STARTED).run_id
+    workers = RunWorkers(settings.home / "dagster" / FOLDER, patience_s=2.0)
+    workers.start(run_id, ["sleep", "600"])
+    try:
+        assert invoke("stop").stdout == f"stopped run {run_id[:8]}, which Dagster had started\n"
+    finally:
+        workers.stop_all()
+    with open_instance(settings) as instance:
+        run = instance.get_run_by_id(run_id)
+    assert run is not None
+    assert run.status == dg.DagsterRunStatus.CANCELING, "the daemon's monitoring would resume it"
 
 
 def is_answered(url: str) -> bool:

@@ -84,6 +84,14 @@ def open_instance(settings: Settings) -> "DagsterInstance":
     return DagsterInstance.get()
 
 
+def report_canceling(settings: Settings, run_id: str) -> None:
+    """Says of a run that it is being ended, so that its end is no failure and no daemon resumes it."""
+    with open_instance(settings) as instance:
+        run = instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished:
+            instance.report_run_canceling(run)
+
+
 def close_abandoned_runs(instance: "DagsterInstance") -> list[str]:
     """Marks runs as failed that still count as running but whose process is gone; returns their ids.
 

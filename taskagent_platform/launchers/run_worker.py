@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -149,10 +149,16 @@ class RunWorkers:
         (self._folder(run_id, worker.attempt) / STOP).touch()
         return True
 
-    def stop_all(self) -> list[str]:
-        """Stops every worker of this machine, waits until they are gone, and returns the ids of their runs."""
+    def stop_all(self, announce: Callable[[str], None] = lambda run_id: None) -> list[str]:
+        """Stops every worker of this machine, waits until they are gone, and returns the ids of their runs.
+
+        Args:
+            announce: is told each run before its worker is stopped; a monitoring daemon that has not heard of it would
+                take the worker for lost and resume the run.
+        """
         stopped = [worker for worker in self._living() if worker.host == socket.gethostname()]
         for worker in stopped:
+            announce(worker.run_id)
             self.stop(worker.run_id)
         deadline = time.monotonic() + self._patience_s + 15.0
         while any(self._is_alive(worker) for worker in stopped) and time.monotonic() < deadline:
