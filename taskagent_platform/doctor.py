@@ -32,6 +32,8 @@ MEMORY_GIB = {"smoke": 4.0, "cpu": 6.0, "gpu": 16.0}
 """Free memory: training, then one model server (weights, KV cache, vLLM's processes), which is the larger."""
 GPU_MEMORY_GIB = 16.0
 """Memory of the card: two 3B servers share it while a candidate is judged."""
+GPU_SHARE = 0.5
+"""The most of a card that one model server may take: a candidate is served beside the champion."""
 OLDEST_DRIVER = 580
 """The NVIDIA driver that the CUDA 13 build of torch needs."""
 _GIB = 1 << 30
@@ -191,6 +193,11 @@ def check_gpu(settings: Settings) -> Check:
     if 0 < memory_gib < GPU_MEMORY_GIB:
         remedy = "choose a smaller model (TASKAGENT_BASE_MODEL__SOURCE) if a server runs out of memory"
         return Check("GPU", "warning", f"{found} is less than the {GPU_MEMORY_GIB:g} GiB meant for a 3B model", remedy)
+    share = settings.serving.gpu_memory_utilization
+    if share > GPU_SHARE:
+        found += f", of which a model server takes {share:.0%}, and a candidate is served beside the champion"
+        remedy = f"set TASKAGENT_SERVING__GPU_MEMORY_UTILIZATION to {GPU_SHARE:g} or less"
+        return Check("GPU", "warning", found, remedy)
     return Check("GPU", "ok", found)
 
 

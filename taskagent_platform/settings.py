@@ -302,6 +302,7 @@ class Settings(BaseSettings):
     more_domains: tuple[str, ...] = Field((), description="other domains whose graphs Dagster shows beside it")
     seed: int = Field(42, ge=0, lt=1 << 32, description="decides every random choice in data and training")
     mlflow_uri: str = Field("", description="an MLflow server; a store under the home folder if empty")
+    mlflow_url: str = Field("", description="its page as people reach it, where that is another address")
     data: DataSettings = DataSettings()
     base_model: BaseModelSettings
     training: TrainingSettings = TrainingSettings()

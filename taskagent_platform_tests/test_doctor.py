@@ -148,6 +148,16 @@ def test_the_card_is_judged_by_driver_and_memory(
     assert words in check.found
 
 
+def test_a_share_of_the_card_that_leaves_no_room_for_a_candidate_is_said(settings: Settings, nvidia_smi) -> None:
+    nvidia_smi("NVIDIA L4, 580.65, 23034")
+    serving = settings.serving.model_copy(update={"gpu_memory_utilization": 0.9})
+    check = found(settings.model_copy(update={"profile": "gpu", "serving": serving}), "GPU")
+    assert check.status == "warning"
+    assert "a model server takes 90%" in check.found
+    assert "TASKAGENT_SERVING__GPU_MEMORY_UTILIZATION" in check.remedy
+    assert found(settings.model_copy(update={"serving": serving}), "GPU").status == "ok", "another profile"
+
+
 def test_packages_are_compared_with_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "cpu.txt"
     pydantic = importlib.metadata.version("pydantic")

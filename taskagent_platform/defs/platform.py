@@ -35,6 +35,7 @@ _WITHOUT_INFLUENCE = {
     "monitoring",
     "alerts",
     "mlflow_uri",
+    "mlflow_url",
     "bfcl",
 }
 # What models are judged by, and where the champion is found. A run that chose these for itself would pass its gates by

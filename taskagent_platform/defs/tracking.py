@@ -108,6 +108,8 @@ class Tracking(dg.ConfigurableResource[Any]):
 
     def page(self, settings: Settings) -> str:
         """Returns the address of MLflow's page."""
+        if settings.mlflow_url:
+            return settings.mlflow_url.rstrip("/")
         if self.tracking_uri.startswith("http"):
             return self.tracking_uri.rstrip("/")
         return f"http://{_LOOPBACK}:{settings.ports.mlflow}"

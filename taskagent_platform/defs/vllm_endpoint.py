@@ -1,5 +1,7 @@
 """The endpoint: the evaluated model becomes the champion, if its gates let it."""
 
+from collections.abc import Mapping
+
 import dagster as dg
 from pydantic import Field
 
@@ -7,7 +9,8 @@ from taskagent_platform.defs.figures import table
 from taskagent_platform.defs.keys import AssetOptions, domain_asset
 from taskagent_platform.defs.platform import Platform
 from taskagent_platform.domains.base import Domain
-from taskagent_platform.launchers.routes import GPU_POOL
+from taskagent_platform.errors import PlatformError
+from taskagent_platform.launchers.routes import COMPUTE_TAG, GPU_POOL, ROUTE_TAG
 from taskagent_platform.serving.active import endpoint_url
 from taskagent_platform.serving.deployments import deploy
 from taskagent_platform.serving.gates import REPORT_KIND
@@ -44,6 +47,7 @@ def vllm_endpoint(domain: Domain) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, platform: Platform, config: EndpointConfig
     ) -> "dg.MaterializeResult[None]":
         with platform.stage(context, domain) as stage:
+            _refuse_foreign_route(context.run.tags)
             deployed = deploy(
                 stage.settings,
                 domain,
@@ -70,3 +74,14 @@ def vllm_endpoint(domain: Domain) -> dg.AssetsDefinition:
             )
 
     return endpoint
+
+
+def _refuse_foreign_route(tags: Mapping[str, str]) -> None:
+    """Raises PlatformError where gateway and model server would end with the container that the run is in."""
+    route = tags.get(ROUTE_TAG, "").partition(":")[2]
+    if route not in ("", "local"):
+        raise PlatformError(
+            f"A run on the route {route} deploys nothing, because gateway and model server would end with it: "
+            f"materialize vllm_endpoint on the machine that is to serve, by a run with the tag {COMPUTE_TAG}: cpu, "
+            "where the launcher's CPU side is local."
+        )

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from taskagent_platform.defs.instance import prepare_instance
-from taskagent_platform.defs.tracking import server_environment
+from taskagent_platform.defs.tracking import Tracking, server_environment
 from taskagent_platform.serving.active import API_KEY_VARIABLE
 from taskagent_platform.serving.server import options_of, server_command
 from taskagent_platform.settings import PROJECT_ROOT, Settings, load_settings
@@ -153,6 +153,8 @@ def test_every_variable_is_a_setting(services, monkeypatch, tmp_path):
         settings = load_settings()
         assert settings.profile == "gpu"
         assert settings.mlflow_uri == "http://mlflow:5000"
+        page = Tracking(tracking_uri=settings.mlflow_uri).page(settings)
+        assert page == "http://localhost:5210", "only containers know the name mlflow"
         assert settings.alerts.urls_file == secrets
         monkeypatch.setenv("TASKAGENT_SERVING__IMAGINED", "1")
         with pytest.raises(Exception, match="imagined"):

@@ -29,7 +29,7 @@ PROGRAMS = (
 )  # fmt: skip
 ASSIGNMENT = re.compile(r"([A-Z_]+)=(.*)", re.DOTALL)
 # Variables of ours that are no settings.
-OTHER_VARIABLES = {"TASKAGENT_API_KEY", "TASKAGENT_TORCH_INDEX"}
+OTHER_VARIABLES = {"TASKAGENT_API_KEY", "TASKAGENT_TORCH_INDEX", "TASKAGENT_DAGSTER_URL"}
 # Executed here, in a folder like a clone.
 HERE = (
     "taskagent doctor", "taskagent status", "taskagent domain", "taskagent suite", "taskagent audit", "taskagent key",
