@@ -183,7 +183,7 @@ def make_base(
 def compete(name: str, arguments: argparse.Namespace, data: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """Trains one contestant and returns its figures."""
     backend, packing = CONTESTANTS[name]
-    changed = {"backend": backend, "packing": packing, "log_every": 1, "save_every": 1_000_000}
+    changed = {"backend": backend, "packing": packing, "save_every": 1_000_000}
     settings = load_settings(profile=arguments.profile, training=changed)
     training = settings.training
     # Rows of an epoch: examples, packs or, with Unsloth's packing, sequences of the greatest length.

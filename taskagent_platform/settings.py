@@ -99,7 +99,6 @@ class TrainingSettings(_Section):
         description="none: one example a sequence; prefix: examples share their common beginning; trl: TRL's own",
     )
     pack_examples: int = Field(16, ge=1, description="examples in one prefix-shared pack")
-    log_every: int = Field(25, ge=1, description="steps between logged losses")
     save_every: int = Field(100, ge=1, description="steps between checkpoints and evaluations")
     dtype: Dtype = Field("bfloat16", description="`auto` is bfloat16 where the processor multiplies it, else float32")
     backend: Literal["trl", "unsloth"] = "trl"
@@ -250,7 +249,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "base_model": {"source": "tiny"},
         "training": {
             "epochs": 1, "learning_rate": 5e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 8,
-            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "log_every": 1, "save_every": 4,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "float32", "save_every": 4,
         },
         "serving": {"dtype": "float32", "enforce_eager": True, "kv_cache_gib": 0.5, "max_tokens": 48, "port": 8230},
         "evaluation": {
@@ -266,7 +265,7 @@ _PROFILES: dict[str, dict[str, Any]] = {
         "base_model": {"source": "smollm2"},
         "training": {
             "epochs": 1, "learning_rate": 2.4e-3, "optimizer": "adamw_torch", "packing": "prefix", "pack_examples": 18,
-            "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "log_every": 1, "save_every": 40,
+            "batch_size": 1, "gradient_accumulation": 1, "dtype": "auto", "save_every": 40,
             "warmup_ratio": 0.05, "adam_beta2": 0.95, "frozen_layers": 3,
             "init_lora_weights": "eva",
         },

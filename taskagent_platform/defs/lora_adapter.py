@@ -101,8 +101,13 @@ def train_tracked(
         if "step" not in record:
             stage.say(f"Training: {record.get('stage', record)}")
             return
-        shown.add(record["step"])
-        log(record)
+        try:
+            log(record)
+        except Exception as error:
+            # Whatever MLflow's client raises: hours of training do not end for it. The figures follow at the end.
+            stage.say(f"MLflow does not take the figures of step {record['step']}: {error}")
+        else:
+            shown.add(record["step"])
         stage.observe(record, now="eval_loss" in record or record["step"] >= record["steps"])
 
     manifest = fine_tune(

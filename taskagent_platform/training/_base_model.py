@@ -157,6 +157,7 @@ def _pretrained(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
                 "that it was made from; base_model.load_in_4bit quantizes that one for training."
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
+        template.control_tokens(tokenizer)  # refuses one that has none
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
         raise PlatformError(_why_missing(source, error)) from error

@@ -52,6 +52,9 @@ def merge_adapter(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     for file in base_folder.iterdir():
         if file.name in _TOKENIZER_FILES:
             shutil.copyfile(file, target / file.name)
+    parameters = sum(parameter.numel() for parameter in merged.parameters())
+    # Two models at a time are as many as a machine should have to hold.
+    del base, adapted, merged
     emit({"stage": "check"})
     # What is checked is what was written, read as a server reads it.
     saved = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
@@ -75,7 +78,7 @@ def merge_adapter(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
         "probes": len(probes),
         "probe_tokens": tokens,
         "dtype": spec["dtype"],
-        "parameters": sum(parameter.numel() for parameter in saved.parameters()),
+        "parameters": parameters,
         "seconds": time.monotonic() - start,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }

@@ -7,10 +7,10 @@ fresh process can take, keeps torch out of the caller, and ends with it.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from typing import Any
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import PROJECT_ROOT
 
+_ERROR_LINE = re.compile(r"(?:\[rank\d+\]:\s*)?(?:\w+\.)*\w*(?:Error|Exception|Interrupt)(?::|$)")
 OnLog = Callable[[dict[str, Any]], None]
 
 _MODULE = "taskagent_platform.training._payload"
@@ -139,6 +140,11 @@ def _end_group(process: "subprocess.Popen[str]") -> None:
 
 
 def _last_line(path: Path) -> str:
+    """Returns the last line of a log that names an error, which a launcher's summary may follow; else the last one."""
+    last, error = "it wrote nothing", None
     with path.open(errors="replace") as file:
-        lines = deque((line.strip() for line in file if line.strip()), maxlen=1)
-    return lines[0] if lines else "it wrote nothing"
+        for line in filter(None, map(str.strip, file)):
+            last = line
+            if _ERROR_LINE.match(line) and "ChildFailedError" not in line:
+                error = line
+    return error or last

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, set_seed
@@ -56,10 +57,12 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     rows = (packed_rows if prefix else plain_rows)(spec, examples, held_out, device)
     attention = attention_for(device) if prefix else "sdpa"
     _tree_attention.register()
-    model = load_model(Path(spec["base_folder"]), chosen, attention, device)
+    # Before the model: they give each process its GPU, which weights in 4 bit stay on.
+    arguments = training_arguments(chosen, Path(spec["checkpoints"]), rows, device, spec["processes"])
+    model = load_model(Path(spec["base_folder"]), chosen, attention, arguments.device)
     trainer = (PackTrainer if prefix else CheckpointTrainer)(
         model=model,
-        args=training_arguments(chosen, Path(spec["checkpoints"]), rows, device, spec["processes"]),
+        args=arguments,
         data_collator=rows.collator,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
@@ -183,9 +186,13 @@ def training_arguments(
         folder: where checkpoints go.
         rows: what is trained on.
         device: what it is computed with.
-        processes: that share the batches of a step; the step is the same for any number.
+        processes: that share the batches of a step.
         more: replaces single values.
+
+    Raises:
+        PlatformError: this machine cannot compute what the settings ask for.
     """
+    _refuse_what_the_device_lacks(chosen, device, processes)
     folder.mkdir(parents=True, exist_ok=True)
     own_packing = chosen["packing"] == "trl"
     on_gpu = device.type == "cuda"
@@ -208,7 +215,8 @@ def training_arguments(
         "fp16": chosen["dtype"] == "float16",
         "use_cpu": not on_gpu,
         "gradient_checkpointing": on_gpu,
-        "logging_steps": chosen["log_every"],
+        # Divergence shows step by step, and the last step belongs to the curve.
+        "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "save_steps": chosen["save_every"],
         "eval_strategy": "no" if rows.evaluation is None else "steps",
@@ -227,7 +235,28 @@ def training_arguments(
         "loss_type": "nll" if chosen["packing"] == "prefix" else "chunked_nll",
         "dataset_kwargs": None if own_packing else {"skip_prepare_dataset": True},
     }
-    return SFTConfig(**(values | more))
+    try:
+        arguments = SFTConfig(**(values | more))
+    except ValueError as error:
+        raise PlatformError(f"The training settings cannot be used: {error}") from error
+    # Asking for the device sets it up. One process computes on one GPU; transformers would spread it over all.
+    if arguments.device.type == "cuda" and arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _refuse_what_the_device_lacks(chosen: dict[str, Any], device: torch.device, processes: int) -> None:
+    if device.type == "cpu":
+        if chosen["dtype"] == "float16":
+            raise PlatformError("training.dtype float16 needs a GPU; set it to auto, bfloat16 or float32.")
+        return
+    if chosen["dtype"] == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise PlatformError(f"{torch.cuda.get_device_name()} has no bfloat16; set training.dtype to float16.")
+    if processes > torch.cuda.device_count() and not dist.is_initialized():
+        raise PlatformError(
+            f"training.processes is {processes}, and this machine has {torch.cuda.device_count()} GPUs: one for each "
+            "is needed."
+        )
 
 
 def lora_config(chosen: dict[str, Any], model: PretrainedConfig) -> LoraConfig:

@@ -113,8 +113,18 @@ def fine_tune(
         with (eval_jsonl if eval_jsonl.stat().st_size else train_jsonl).open() as file:
             (scratch / PROBES_NAME).write_text("".join(islice((line for line in file if line.strip()), _PROBES)))
         (scratch / "history.json").write_text(json.dumps(result["history"], indent=1))
-    shutil.rmtree(work, ignore_errors=True)
+    _remove_finished(work, checkpoints)
     return read_manifest(adapter_folder, kind=KIND)
+
+
+def _remove_finished(work: Path, checkpoints: Path) -> None:
+    """Removes the checkpoints of a training that ended well; of others, the last that was cut off can still go on."""
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    others = sorted((folder for folder in work.iterdir() if folder.is_dir()), key=lambda folder: folder.stat().st_mtime)
+    for folder in others[:-1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not others:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _refuse_without_package(settings: Settings) -> None:

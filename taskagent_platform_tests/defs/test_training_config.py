@@ -1,6 +1,7 @@
 """What the launchpad offers for one training, and that it reaches the training."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ from taskagent_platform.artifacts import MANIFEST_NAME, Manifest, new_artifact, 
 from taskagent_platform.defs import lora_adapter as module
 from taskagent_platform.defs.lora_adapter import lora_adapter
 from taskagent_platform.defs.platform import FINGERPRINT_TAG, Platform, fingerprint
-from taskagent_platform.defs.tracking import Tracking, store_uri
+from taskagent_platform.defs.tracking import TrackedRun, Tracking, store_uri
 from taskagent_platform.defs.training_config import Packing, TrainingConfig
 from taskagent_platform.settings import Settings, TrainingSettings, load_settings
 from taskagent_platform.training.fine_tune import fine_tune_settings
@@ -150,3 +151,20 @@ def test_the_whole_curve_of_a_run_that_was_gone_on_with_is_in_mlflow(
     assert run.data.metrics["eta_s"] == 0.0
     manifest = json.loads((settings.folder("lights") / "lora_adapter" / MANIFEST_NAME).read_text())
     assert run.data.params["rank"] == str(manifest["settings"]["rank"]) == "4"
+
+
+def test_a_training_goes_on_while_mlflow_takes_no_figures(
+    settings: Settings, trained: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int | None] = []
+
+    def log(self: TrackedRun, figures: Mapping[str, float], step: int | None = None) -> None:
+        if step == 2 and not taken:
+            taken.append(None)
+            raise ConnectionError("MLflow is starting again")
+        taken.append(step)
+
+    monkeypatch.setattr(TrackedRun, "log", log)
+    with dg.instance_for_test() as instance:
+        assert materialize(instance).success
+    assert [step for step in taken if step is not None] == [3, 1, 2], "what was missed follows at the end"

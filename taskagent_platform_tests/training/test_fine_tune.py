@@ -1,4 +1,5 @@
 import contextlib
+import os
 import random
 import resource
 import signal
@@ -16,8 +17,8 @@ import pytest
 
 from taskagent_platform.artifacts import Manifest, file_digest, read_manifest
 from taskagent_platform.errors import PlatformError
-from taskagent_platform.training._process import DivergenceError, run_payload
-from taskagent_platform.training.fine_tune import fine_tune
+from taskagent_platform.training._process import DivergenceError, _last_line, run_payload
+from taskagent_platform.training.fine_tune import _remove_finished, fine_tune
 from taskagent_platform_tests.training.conversations import example, write_jsonl
 from taskagent_platform_tests.training.small_training import STEPS, settings_with, write_data
 
@@ -70,6 +71,42 @@ def test_no_layer_left_to_adapt_is_refused(base_folder: Path, data: tuple[Path, 
     with pytest.raises(PlatformError, match="frozen_layers is 2, and the base model has 2 layers"):
         fine_tune(settings_with(frozen_layers=2), base_folder, *data, tmp_path / "lora_adapter", {})
     assert not (tmp_path / "lora_adapter").exists()
+
+
+def test_a_precision_that_the_processor_lacks_is_refused_before_the_model_is_loaded(
+    base_folder: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(PlatformError, match=r"training\.dtype float16 needs a GPU"):
+        fine_tune(settings_with(dtype="float16"), base_folder, *data, tmp_path / "lora_adapter", {})
+    with pytest.raises(PlatformError, match=r"training settings cannot be used: .*no_such_optimizer"):
+        fine_tune(settings_with(optimizer="no_such_optimizer"), base_folder, *data, tmp_path / "lora_adapter", {})
+
+
+def test_the_last_training_that_was_cut_off_outlives_another_that_ends_well(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("oldest", "older", "own")]
+    for age, folder in enumerate(folders):
+        (folder / "checkpoint-4").mkdir(parents=True)
+        os.utime(folder, (age, age))
+    (tmp_path / "training.log").write_text("x")
+    _remove_finished(tmp_path, folders[2])
+    assert [folder.exists() for folder in folders] == [False, True, False]
+    _remove_finished(tmp_path, folders[1])
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ("loading\nValueError: no such thing\nbye\n", "ValueError: no such thing"),
+        ("[rank1]: torch.OutOfMemoryError: too much\ntorch.distributed.elastic.ChildFailedError:\n====\n",
+         "[rank1]: torch.OutOfMemoryError: too much"),
+        ("a word\nKilled\n\n", "Killed"),
+        ("", "it wrote nothing"),
+    ],
+)  # fmt: skip
+def test_what_ended_a_payload_is_the_error_and_not_a_launchers_summary(tmp_path: Path, log: str, told: str) -> None:
+    (tmp_path / "log").write_text(log)
+    assert _last_line(tmp_path / "log") == told
 
 
 def kill_payload() -> None:
