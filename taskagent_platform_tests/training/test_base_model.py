@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -6,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from taskagent_platform.artifacts import read_manifest
 from taskagent_platform.errors import PlatformError
 from taskagent_platform.settings import Settings, load_settings
 from taskagent_platform.training.base_model import prepare_base_model, published_model
 from taskagent_platform.training.template import CALL_TOKENS, CHATML, WORD_START, chat_template
+from taskagent_platform_tests.serving.fake_server import serve
 
 
 def test_the_folder_is_ready_for_a_server(base_folder: Path, tokenizer: Any) -> None:
@@ -75,6 +81,30 @@ def test_a_missing_model_is_one_sentence(
     settings = load_settings(profile="smoke", base_model={"source": source})
     with pytest.raises(PlatformError, match=message) as caught:
         prepare_base_model(settings, tmp_path / "base_model")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "base_model").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "sentence"),
+    [
+        (403, "GatedRepo", "The base model some/model is gated: accept its licence on the hub and set HF_TOKEN."),
+        (401, "RepoNotFound", "The hub knows no model some/model (or HF_TOKEN may not see it)"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, code: str, sentence: str
+) -> None:
+    async def refuse(request: Request) -> Response:
+        return Response(status_code=status, headers={"X-Error-Code": code, "X-Error-Message": "not for you"})
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serve(Starlette(routes=[Route("/{path:path}", refuse, methods=["GET", "HEAD"])])) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        settings = load_settings(profile="smoke", base_model={"source": "some/model"})
+        with pytest.raises(PlatformError, match=re.escape(sentence)) as caught:
+            prepare_base_model(settings, tmp_path / "base_model")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "base_model").exists()
 
