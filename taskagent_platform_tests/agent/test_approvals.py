@@ -112,14 +112,19 @@ def test_the_first_ctrl_c_at_the_question_ends_it(tmp_path: Path) -> None:
         time.sleep(0.5)
         os.write(seat, b"y\n")
 
-    with terminal() as seat:
-        person = threading.Thread(target=interrupt)
-        person.start()
-        with pytest.raises(KeyboardInterrupt):
-            asyncio.run(approve())
-        person.join(5)
+    # A shell starts what runs in the background, these tests for instance, with the signal ignored.
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with terminal() as seat:
+            person = threading.Thread(target=interrupt)
+            person.start()
+            with pytest.raises(KeyboardInterrupt):
+                asyncio.run(approve())
+            person.join(5)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, ours)
     assert [(entry.outcome, entry.reason) for entry in log.entries()] == [("refused", "interrupted")]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_without_a_terminal_nothing_is_approved(monkeypatch: pytest.MonkeyPatch) -> None:
