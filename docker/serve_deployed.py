@@ -1,8 +1,8 @@
 """Serves the deployed model with a plain vLLM, and ends when something else is deployed, to be started again with that.
 
 Runs inside vLLM's own image, which has none of the platform's code: only what the deployment wrote down is read, and
-the model's files must have the digests that it names, so that nothing is served which did not pass its gates, and
-nothing otherwise than it was judged.
+the model's files must have the digests that it names, so that nothing is served which was not deployed, and nothing
+otherwise than the platform serves it.
 """
 
 import hashlib

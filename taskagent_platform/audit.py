@@ -32,7 +32,7 @@ class AuditEntry(BaseModel):
     Attributes:
         time: when, in UTC.
         actor: who: the account that the process ran under, or the name that the caller gave.
-        action: ``tool_call``, ``deploy``, ``gate_override``, ``rollback``.
+        action: ``tool_call``, ``deploy``, ``gate_override``, ``rollback``, ``serve``.
         outcome: an approved call is followed by its execution, as a line of its own.
         domain: the domain that it concerns.
         model_digest: the model that made the call, or was deployed; None where it is not known.

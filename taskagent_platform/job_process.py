@@ -141,7 +141,7 @@ def stop_jobs(settings: Settings) -> list[str]:
         if process is None:
             record.unlink(missing_ok=True)
             continue
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             # Taken as Ctrl-C is, which itself passes by what a shell started in the background.
             process.terminate()
         name = f"the run of the job {record.stem} (process {process.pid})"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -221,7 +221,8 @@ def champion_report(stage: Stage, model: Manifest, suites: Suites) -> EvalReport
 
 def _measure_champion(stage: Stage, champion: Deployment, suites: Suites) -> EvalReport:
     kept = read_manifest(champion.model_folder, kind=MERGED, verify=True)
-    with model_server(stage, champion.model_folder, kept, any_settings=True) as server:
+    # As a candidate is served now: the two are compared.
+    with model_server(stage, champion.model_folder, kept) as server:
         measured = measure(stage, server, *suites, measure_latency=False)
     folder = champion_report_folder(stage.settings, stage.domain.name, champion.model_digest)
     with new_artifact(
@@ -271,8 +272,6 @@ def model_server(
     folder: Path,
     model: Manifest,
     keep: Callable[[], bool] = lambda: False,
-    *,
-    any_settings: bool = False,
 ) -> Iterator[Server]:
     """Yields a server of one of the domain's models: the one that runs already, or one started for the block.
 
@@ -280,12 +279,11 @@ def model_server(
         stage: the asset that measures.
         folder: the model's.
         model: its manifest.
-        any_settings: take a server that was started with other serving settings, too.
         keep: asked when the block has succeeded: whether a server that was started here goes on, owned by this
             process, until it is promoted or the process ends.
     """
     settings, domain = stage.settings, stage.domain.name
-    running = find_server(settings, domain, model.digest, any_settings=any_settings)
+    running = find_server(settings, domain, model.digest)
     if running is not None:
         stage.say(f"The server of this model runs already at {running.base_url}.")
         yield running
@@ -312,7 +310,9 @@ def model_server(
         raise PlatformError(f"The model server ended while it was asked: {ended}") from error
     finally:
         # Served meanwhile (`taskagent serve`), it is the endpoint's.
-        recorded = read_server(server.record_file)
+        recorded = None
+        with suppress(PlatformError):
+            recorded = read_server(server.record_file)
         if not kept and (recorded is None or not recorded.detached):
             stop_server(server)
 

@@ -158,7 +158,9 @@ class RunWorkers:
         """
         stopped = [worker for worker in self._living() if worker.host == socket.gethostname()]
         for worker in stopped:
-            announce(worker.run_id)
+            # Whatever keeps it from being told, the worker is to end.
+            with suppress(Exception):
+                announce(worker.run_id)
             self.stop(worker.run_id)
         deadline = time.monotonic() + self._patience_s + 15.0
         while any(self._is_alive(worker) for worker in stopped) and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ deployment and in the audit log.
 
 import json
 import os
+import shlex
 import shutil
 import urllib.request
 from collections.abc import Iterator
@@ -243,7 +244,8 @@ def rollback(
             raise PlatformError(f"There is no earlier deployment of {domain.name} to go back to.")
         deployment = _serve_again(settings, domain, present.previous, on_progress)
         who = {"domain": domain.name, "model_digest": deployment.model_digest, "actor": actor}
-        audit_log(settings).append("rollback", "executed", reason=reason, **who)
+        told = "; ".join(filter(None, (reason, _served_otherwise(present.previous, deployment))))
+        audit_log(settings).append("rollback", "executed", reason=told, **who)
         return deployment
 
 
@@ -270,7 +272,8 @@ def serve(
             raise PlatformError(f"No model of {domain.name} is deployed; `taskagent demo` makes and deploys one.")
         deployment = _serve_again(settings, domain, present.active, on_progress)
         who = {"domain": domain.name, "model_digest": deployment.model_digest, "actor": actor}
-        audit_log(settings).append("serve", "executed", **who)
+        told = _served_otherwise(present.active, deployment)
+        audit_log(settings).append("serve", "executed", reason=told, **who)
         return deployment
 
 
@@ -347,7 +350,7 @@ def _lowered_gates(settings: Settings) -> str | None:
 
 
 def _serve_again(settings: Settings, domain: Domain, target: Deployment, on_progress: Progress | None) -> Deployment:
-    """Makes what was deployed once the champion, as its server runs: it was judged with the settings of its day."""
+    """Makes what was deployed once the champion: by its server as it runs, else by one started as the settings say."""
     folder = target.model_folder
     with _running(settings, domain, target.model_digest, folder, on_progress, any_settings=True) as server:
         place = {"base_url": server.base_url, "server": server.record_file}
@@ -356,6 +359,13 @@ def _serve_again(settings: Settings, domain: Domain, target: Deployment, on_prog
         audit_log(settings).check()
         _promote(settings, deployment, server)
     return deployment
+
+
+def _served_otherwise(before: Deployment, now: Deployment) -> str | None:
+    """Returns how a model is served otherwise than it was judged, for the record; None if it is not known to be."""
+    if not before.server_options or before.server_options == now.server_options:
+        return None
+    return f"served with {shlex.join(now.server_options)}; it was judged with {shlex.join(before.server_options)}"
 
 
 @contextmanager
@@ -392,6 +402,10 @@ def _start(settings: Settings, domain: Domain, digest: str, model_folder: Path, 
     files = server_files(settings, domain.name, digest)
     # The server of this very record does not answer.
     mute = read_server(files.record_file)
+    if mute is not None and not mute.detached and mute.owner_pid != os.getpid() and server_is_alive(mute):
+        raise PlatformError(
+            f"Process {mute.owner_pid} is starting a server of model {digest[:12]}; wait until it has, and try again."
+        )
     surplus = [s for s in _all_but_champion(settings, domain.name) if mute is None or s.record_file != mute.record_file]
     surplus += [mute] if mute is not None else []
     # Before anything is stopped: what cannot start leaves what runs as it is.

@@ -33,6 +33,12 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     emit({"stage": "load"})
     device = torch.device("cuda")
     rows = plain_rows(spec, examples, held_out, device)
+    # Before the model, so that what cannot be is refused first. It checkpoints its activations itself, and its own
+    # patched loss replaces TRL's chunked one.
+    folder, processes = Path(spec["checkpoints"]), spec["processes"]
+    arguments = training_arguments(
+        chosen, folder, rows, device, processes, gradient_checkpointing=False, loss_type="nll"
+    )
     model, _ = FastLanguageModel.from_pretrained(
         model_name=spec["base_folder"],
         max_seq_length=chosen["max_length"],
@@ -52,16 +58,7 @@ def train(spec: dict[str, Any], emit: Emit) -> dict[str, Any]:
     )
     trainer = CheckpointTrainer(
         model=model,
-        # The model checkpoints its activations itself, and its own patched loss replaces TRL's chunked one.
-        args=training_arguments(
-            chosen,
-            Path(spec["checkpoints"]),
-            rows,
-            device,
-            spec["processes"],
-            gradient_checkpointing=False,
-            loss_type="nll",
-        ),
+        args=arguments,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,

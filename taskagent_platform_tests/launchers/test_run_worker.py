@@ -105,6 +105,17 @@ def test_a_stopped_run_ends_with_its_children_and_gives_its_gpus_back(workers):
     assert not workers.stop("run")
 
 
+def test_a_run_is_stopped_also_where_nobody_can_be_told(workers):
+    start(workers, "run")
+    _, _, pid, child = seen(workers, "run")
+
+    def fail(run_id: str) -> None:
+        raise OSError("the database does not answer")
+
+    assert workers.stop_all(fail) == ["run"]
+    wait_for(lambda: is_gone(pid) and is_gone(child))
+
+
 def test_a_run_that_ignores_the_interrupt_is_killed(workers):
     start(workers, "run", program=DEFY + NOTE)
     _, _, pid, child = seen(workers, "run")

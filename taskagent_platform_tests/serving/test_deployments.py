@@ -1,4 +1,5 @@
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -522,6 +523,8 @@ def test_what_is_deployed_is_served_again_although_a_newer_candidate_was_blocked
     assert stage.starts == [kept / second.digest]
     last = list(audit_log(stage.settings).entries())[-1]
     assert (last.action, last.outcome, last.actor, last.model_digest) == ("serve", "executed", "ann", second.digest)
+    assert last.reason is not None
+    assert "--max-num-seqs 1 " in last.reason.partition("; it was judged with ")[0]
     # A record from before the options were kept is read, and completed.
     file = active_file(stage.settings)
     told = read_active(file).model_dump(mode="json")
@@ -578,6 +581,23 @@ def test_a_port_in_use_deploys_nothing_and_leaves_nothing_behind(stage_with_gate
             stage.deploy()
     assert stage.nothing_is_deployed()
     assert running_gateway(stage.settings) is None
+
+
+def test_a_server_that_another_process_is_starting_is_left_alone(stage: Stage) -> None:
+    model = stage.train("one")
+    stage.deploy()
+    stop_all(stage.settings)
+    stage.train("one")
+    candidate = stage.record(model.digest)
+    psutil.Process(candidate.pid).suspend()
+    record = candidate.record_file
+    record.write_text(candidate.model_copy(update={"owner_pid": os.getppid()}).model_dump_json())
+    try:
+        with pytest.raises(PlatformError, match=rf"Process {os.getppid()} is starting a server of model"):
+            serve(stage.settings, stage.domain)
+        assert server_is_alive(candidate)
+    finally:
+        psutil.Process(candidate.pid).resume()
 
 
 def test_a_gateway_that_cannot_move_starts_and_stops_no_server(stage: Stage) -> None:
